@@ -1,0 +1,55 @@
+"""Scores and their intervals."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import BaseModel
+
+Role = Literal["search", "heldout", "over_refusal"]
+
+
+def wilson(hits: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Wilson score interval of a proportion, 95 % by default (Wilson 1927).
+
+    wilson(3, 100)  # (0.0103, 0.0845)
+    wilson(0, 0)    # (0.0, 1.0)
+    """
+    if total == 0:
+        return 0.0, 1.0
+    p = hits / total
+    denominator = 1 + z * z / total
+    middle = (p + z * z / (2 * total)) / denominator
+    half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total)) / denominator
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+class Outcome(BaseModel):
+    """What the model did with one prompt. `text` may be cut where the decision was made."""
+
+    refused: bool
+    text: str = ""
+    tokens: int = 0
+
+
+class Scores(BaseModel):
+    """The scores of one edited model on the prompts of one role.
+
+    refusals/total   marker refusals of the harmful prompts (of `over_refusal`, of those prompts)
+    kl_first         mean KL(original‖edited) of the first answer token over harmless prompts, nats
+    kl_multi         the same over the first T tokens of the original's own answers, teacher-forced
+    KLs are None for the role `over_refusal`.
+    """
+
+    role: Role
+    refusals: int
+    total: int
+    kl_first: float | None = None
+    kl_multi: float | None = None
+    mean_tokens: float = 0.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson 95 % interval of the refusal rate."""
+        return wilson(self.refusals, self.total)
