@@ -1,0 +1,232 @@
+"""A stand-in for `python -m engine` that speaks the protocol and computes nothing.
+
+Scores are a hash of the candidate, so they are the same whoever computes them and in which order.
+It is started by a worker through NULLSPACE_ENGINE_COMMAND. Files in `--orders DIR` make it fail:
+
+    die            SIGKILL to itself in the middle of the next score (the file is removed first)
+    die-always     the same, every time
+    deaf           ignores `stop` and goes on
+    refuse-OP      holds {"reason", "message", "mend"}: the answer to the request OP
+    print          its text is printed to standard output
+
+While it lives, `DIR/engines/<pid>` exists.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+LAYERS = 8
+
+
+class Channel:
+    """Line in, line out; notices end of file and `stop` while it pretends to compute."""
+
+    def __init__(self, read: int, write: int) -> None:
+        self.read, self.write = read, write
+        self.pending = b""
+        self.lines: list[dict[str, Any]] = []
+
+    def send(self, **message: Any) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self.write, json.dumps(message).encode() + b"\n")
+
+    def receive(self, seconds: float | None) -> None:
+        """Read what comes within `seconds` (None: until something comes)."""
+        if not select.select([self.read], [], [], seconds)[0]:
+            return
+        chunk = os.read(self.read, 1 << 16)
+        if not chunk:
+            end(0)
+        *lines, self.pending = (self.pending + chunk).split(b"\n")
+        self.lines += [json.loads(line) for line in lines]
+
+    def pause(self, seconds: float, deaf: bool) -> bool:
+        """Pass the time; True when a `stop` came."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            self.receive(left)
+            if self.stopped() and not deaf:
+                return True
+        return False
+
+    def stopped(self) -> bool:
+        return any(line["request"]["op"] == "stop" for line in self.lines)
+
+
+MARK: list[Path] = []
+
+
+def end(status: int) -> None:
+    for mark in MARK:
+        mark.unlink(missing_ok=True)
+    os._exit(status)
+
+
+def scores_of(candidate: dict[str, Any], role: str, total: int) -> dict[str, Any]:
+    """Refusals fall and KL grows with strength, with a little noise from the hash."""
+    digest = hashlib.sha256(json.dumps([candidate, role], sort_keys=True).encode()).digest()
+    strength = min(1.0, candidate["attention"]["max_weight"] / 1.5)
+    refusals = round(total * (1 - strength) * digest[0] / 255)
+    return {
+        "role": role,
+        "refusals": refusals,
+        "total": total,
+        "kl_first": strength * (0.5 + digest[1] / 510),
+        "kl_multi": strength * digest[2] / 255,
+        "mean_tokens": 12.0,
+    }
+
+
+def scored(candidate: dict[str, Any], role: str, prompts: list[str]) -> dict[str, Any]:
+    scores = scores_of(candidate, role, len(prompts))
+    outcomes = [
+        {"refused": index < scores["refusals"], "text": f"answer to {prompt}", "tokens": 12}
+        for index, prompt in enumerate(prompts)
+    ]
+    return {"scores": scores, "outcomes": outcomes, "seconds": 0.01}
+
+
+def prepare(request: dict[str, Any]) -> dict[str, Any]:
+    baseline, outcomes = {}, {}
+    for role, prompts in roles(request).items():
+        baseline[role] = {
+            "role": role,
+            "refusals": len(prompts),
+            "total": len(prompts),
+            "kl_first": None if role == "over_refusal" else 0.0,
+            "kl_multi": None if role == "over_refusal" else 0.0,
+            "mean_tokens": 5.0,
+        }
+        outcomes[role] = [{"refused": True, "text": "I cannot.", "tokens": 5} for _ in prompts]
+    return {
+        "commit": "c0ffee",
+        "anatomy": {
+            "architecture": "FakeForCausalLM",
+            "layers": LAYERS,
+            "hidden": 8,
+            "writers": [],
+            "coverage": 1.0,
+        },
+        "device": "cpu",
+        "device_name": "none",
+        "dtype": "float32",
+        "quantization": request["quantization"],
+        "weight_bytes": 10,
+        "source_bytes": 20,
+        "batch_size": 4,
+        "baseline": baseline,
+        "baseline_outcomes": outcomes,
+    }
+
+
+def roles(request: dict[str, Any]) -> dict[str, list[str]]:
+    texts = request["prompts"]
+    found = {"search": texts["search_harmful"], "heldout": texts["heldout_harmful"]}
+    if texts["over_refusal"]:
+        found["over_refusal"] = texts["over_refusal"]
+    return found
+
+
+def export(request: dict[str, Any]) -> dict[str, Any]:
+    content = json.dumps(request["candidate"], sort_keys=True).encode() * 1000
+    folder = Path(request["directory"])
+    (folder / "weights.bin").write_bytes(content)
+    (folder / "card.json").write_text(json.dumps(request["card"]))
+    files = [
+        {
+            "name": path.name,
+            "size": path.stat().st_size,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        }
+        for path in sorted(folder.iterdir())
+    ]
+    return {"files": files, "measured": {}, "seconds": 0.1}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--read", type=int, required=True)
+    parser.add_argument("--write", type=int, required=True)
+    parser.add_argument("--orders", type=Path, required=True)
+    parser.add_argument("--delay", type=float, default=0.01)
+    given = parser.parse_args()
+    leaked = [name for name in os.environ if "DATABASE" in name or "SECRET" in name]
+    if leaked:
+        sys.exit(f"must not be in my environment: {leaked}")
+    orders: Path = given.orders
+    (orders / "engines").mkdir(parents=True, exist_ok=True)
+    MARK.append(orders / "engines" / str(os.getpid()))
+    MARK[0].touch()
+    channel = Channel(given.read, given.write)
+    prepared: dict[str, Any] = {}
+    while True:
+        while not channel.lines:
+            channel.receive(None)
+        envelope = channel.lines.pop(0)
+        request, number = envelope["request"], envelope["id"]
+        op = request["op"]
+        if (orders / "print").exists():
+            print((orders / "print").read_text(), flush=True)
+        refusal = orders / f"refuse-{op}"
+        if op == "stop":
+            channel.send(type="result", id=number)
+            end(0)
+        if refusal.exists():
+            channel.send(type="error", id=number, **json.loads(refusal.read_text()))
+        elif op == "prepare":
+            prepared = request
+            channel.send(type="progress", id=number, phase="loading weights", done=1, total=1)
+            channel.send(type="result", id=number, value=prepare(request))
+        elif op == "score":
+            score(channel, orders, number, request, roles(prepared), given.delay)
+        elif op == "respond":
+            texts = [f"answer to {prompt}" for prompt in request["prompts"]]
+            channel.send(type="result", id=number, value={"texts": texts})
+        elif op == "export":
+            try:
+                channel.send(type="result", id=number, value=export(request))
+            except OSError as error:
+                full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+                reason = "disk_full" if full else "engine_failed"
+                channel.send(type="error", id=number, reason=reason, message=str(error))
+
+
+def score(
+    channel: Channel,
+    orders: Path,
+    number: int,
+    request: dict[str, Any],
+    prompts: dict[str, list[str]],
+    delay: float,
+) -> None:
+    done = []
+    for index, candidate in enumerate(request["candidates"]):
+        stopped = channel.pause(delay, (orders / "deaf").exists())
+        if stopped:
+            channel.send(type="error", id=number, reason="stopped", message="stopped")
+            return
+        if (orders / "die-always").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+        with contextlib.suppress(FileNotFoundError):
+            (orders / "die").unlink()
+            print("the last words", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        done.append(scored(candidate, request["role"], prompts[request["role"]]))
+        channel.send(type="partial", id=number, index=index, scored=done[-1])
+    channel.send(type="result", id=number, value={"scored": done})
+
+
+if __name__ == "__main__":
+    main()

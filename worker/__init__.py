@@ -1,0 +1,1 @@
+"""Workers: a Celery app, the supervisor of one engine process, the search, the reconciler."""

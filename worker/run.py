@@ -1,0 +1,139 @@
+"""One claimed task while it runs: the lease, the engine, the log, the progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from sqlalchemy.orm import Session
+
+from jobs import models, progress, trials
+from jobs.queue import Claim
+from jobs.spec.job import JobSpec
+from jobs.spec.protocol import (
+    Partial,
+    Prepare,
+    Prepared,
+    Progress,
+    PromptTexts,
+    Request,
+    Result,
+)
+from jobs.tables import Job
+from worker.lease import Lease
+from worker.problems import Interrupted
+from worker.station import Station
+from worker.task_log import TaskLog
+
+T = TypeVar("T")
+PROGRESS_SECONDS = 0.5  # live pages need no more than two a second
+# Candidates in one request: on a GPU they share the reading of the weights, on a CPU they gain
+# nothing, and the smaller the batch the better Optuna's next suggestion is informed.
+BATCH = {"cpu": 2, "cuda": 8}
+
+
+class Run:
+    """What the functions of `worker.tasks.TASKS` are handed."""
+
+    def __init__(self, station: Station, claim: Claim, lease: Lease, log: TaskLog) -> None:
+        self.station, self.lease, self.log = station, lease, log
+        self.job, self.task, self.token = claim.job, claim.task, claim.token
+        self.spec = JobSpec.model_validate(claim.job.spec)
+        self._reported_at = 0.0
+        self._phase = ""
+        self.searched = 0  # complete trials when last counted
+
+    def write(self, act: Callable[[Session], T], on_outage: Callable[[], None] | None = None) -> T:
+        """A transaction that outlasts an outage, and a nudge for the live pages after it."""
+        value = self.lease.write(act, on_outage)
+        self.station.doorbell.nudge(self.job.id)
+        return value
+
+    def progress(self, phase: str, done: float = 0, total: float = 0, text: str = "") -> None:
+        """Say how far the task is. Dropped when it comes too soon or the database is away."""
+        now = time.monotonic()
+        if phase == self._phase and done < total and now - self._reported_at < PROGRESS_SECONDS:
+            return
+        self._phase, self._reported_at = phase, now
+        if self.lease.attempt(
+            lambda session: progress.report(
+                session, self.task, self.token, phase, done, total, text
+            )
+        ):
+            self.station.doorbell.nudge(self.job.id)
+
+    def ask(
+        self,
+        request: Request,
+        on_partial: Callable[[Partial], None] = lambda partial: None,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> Result:
+        """One request to the prepared engine; its progress is the task's unless told otherwise.
+
+        When its owner pauses or cancels the job, the engine may finish what it is at: those
+        partial answers still come before Interrupted is raised.
+        """
+        engine = self.station.engine
+        if engine is None:
+            raise RuntimeError("prepare() comes first")
+        try:
+            for answer in engine.request(request, self.lease.check):
+                if isinstance(answer, Progress):
+                    self._pass_on(answer, on_progress)
+                elif isinstance(answer, Partial):
+                    on_partial(answer)
+                elif isinstance(answer, Result):
+                    return answer
+        except Interrupted as interrupted:
+            if interrupted.cause in ("pause", "cancel"):
+                for partial in engine.stop(self.station.own.stop_seconds):
+                    on_partial(partial)
+            raise
+        raise RuntimeError("a request ends in a result or an exception")
+
+    def _pass_on(self, answer: Progress, to: Callable[[Progress], None] | None) -> None:
+        if to is not None:
+            to(answer)
+        else:
+            self.progress(answer.phase, answer.done, answer.total, answer.text)
+
+    def prepare(self) -> Prepared:
+        """An engine that is ready for this job: the warm one if it is, else a new one."""
+        request = self._prepare_request()
+        _, ready = self.station.engine_for(request, self.log)
+        if ready and self.station.prepared is not None:
+            self.log.line("info", "the engine is still prepared for this job")
+            prepared = self.station.prepared[1]
+        else:
+            self.progress("starting the engine")
+            prepared = Prepared.model_validate(self.ask(request).value)
+            self.station.note_prepared(request, prepared)
+        if self.job.prepared is None:
+            self.write(
+                lambda session: trials.store_baseline(session, self.task, self.token, prepared)
+            )
+        return prepared
+
+    def batch_size(self, prepared: Prepared) -> int:
+        """How many candidates to score in one request on the engine's device."""
+        return self.station.own.batch or BATCH.get(prepared.device.split(":")[0], 1)
+
+    def _prepare_request(self) -> Prepare:
+        spec, settings = self.spec, self.station.settings
+        texts = self.lease.write(lambda session: session.get_one(Job, self.job.id).prompts)
+        path = models.local_path(spec.model, settings)
+        return Prepare(
+            model=spec.model,
+            revision=self.job.commit or spec.revision,
+            path=str(path) if path is not None else None,
+            quantization=spec.quantization,
+            dtype=spec.dtype,
+            device=spec.device,
+            prompts=PromptTexts.model_validate(texts),
+            system_prompt=spec.system_prompt,
+            max_new_tokens=spec.max_new_tokens,
+            kl_tokens=spec.kl_tokens,
+            markers=spec.markers,
+            seed=spec.seed,
+        )
