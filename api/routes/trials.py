@@ -1,0 +1,202 @@
+"""Trials: the plot's points, one trial with what the model said, the front, picks."""
+
+from __future__ import annotations
+
+import datetime as dt
+import uuid
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Path, Query
+from pydantic import BaseModel, Field
+
+from api.auth import Reader, Writer
+from api.bodies import Body
+from api.problems import errors
+from api.routes.jobs import MISSING, NOT_YOURS
+from jobs import control, trials
+from jobs.spec.protocol import PromptTexts
+from jobs.spec.scores import Role, Scores, wilson
+from jobs.states import TrialState
+from jobs.tables import Job, Trial
+
+router = APIRouter(tags=["trials"])
+Number = Annotated[int, Path(ge=0, lt=2**31, description="the trial's number, from 0")]
+NO_TRIAL = "No such job, or another member's private one, or no such trial."
+
+
+class RoleScores(BaseModel):
+    """Scores on the prompts of one role. KLs are in nats; null for over-refusal prompts."""
+
+    refusals: int
+    total: int
+    interval: tuple[float, float] = Field(description="Wilson 95 % interval of the refusal rate")
+    kl_first: float | None
+    kl_multi: float | None
+    mean_tokens: float
+
+
+class TrialView(BaseModel):
+    """One scored (or running) candidate."""
+
+    number: int
+    state: TrialState
+    origin: str = Field(description="single_pass, plain or sampler")
+    picked: bool
+    on_front: bool
+    params: dict[str, Any] = Field(description="what the sampler chose")
+    candidate: dict[str, Any] = Field(description="the edit: enough to make it again")
+    search: RoleScores | None = None
+    heldout: RoleScores | None = None
+    over_refusal: RoleScores | None = None
+    seconds: float | None
+    created_at: dt.datetime
+    finished_at: dt.datetime | None
+
+
+class TrialPage(BaseModel):
+    """Trials by number."""
+
+    items: list[TrialView]
+    next: int | None = Field(None, description="`after` of the next page; null on the last")
+
+
+class Answer(BaseModel):
+    """What edited and original model said to one prompt. Texts end where the decision was made."""
+
+    prompt: str
+    refused: bool
+    text: str
+    tokens: int
+    original_refused: bool | None = None
+    original_text: str | None = None
+
+
+class TrialDetail(TrialView):
+    """A trial with its answers per role, next to the original model's."""
+
+    responses: dict[Role, list[Answer]]
+
+
+class Pick(Body):
+    """Whether the trial is picked. Files of picks are kept."""
+
+    picked: bool = True
+
+
+def view(row: Trial, front: frozenset[int]) -> TrialView:
+    """A row of the table `trials` as the API shows it."""
+    search = None
+    if row.refusals is not None and row.total is not None:
+        search = RoleScores(
+            refusals=row.refusals,
+            total=row.total,
+            interval=wilson(row.refusals, row.total),
+            kl_first=row.kl_first,
+            kl_multi=row.kl_multi,
+            mean_tokens=row.mean_tokens or 0.0,
+        )
+    return TrialView(
+        number=row.number,
+        state=row.state,
+        origin=row.origin,
+        picked=row.picked,
+        on_front=row.number in front,
+        params=row.params,
+        candidate=row.candidate,
+        search=search,
+        heldout=_scores(row.heldout),
+        over_refusal=_scores(row.over_refusal),
+        seconds=row.seconds,
+        created_at=row.created_at,
+        finished_at=row.finished_at,
+    )
+
+
+def _scores(stored: dict[str, Any] | None) -> RoleScores | None:
+    if stored is None:
+        return None
+    scores = Scores.model_validate(stored)
+    return RoleScores(interval=scores.interval, **scores.model_dump(exclude={"role"}))
+
+
+@router.get("/jobs/{job_id}/trials", responses=errors({404: MISSING}))
+def list_trials(
+    who: Reader,
+    job_id: uuid.UUID,
+    after: Annotated[int | None, Query(ge=-1, lt=2**31, description="number to go on from")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> TrialPage:
+    """The job's trials by number."""
+    with who.begin() as session:
+        control.visible(session, who.user, job_id)
+        rows = trials.list_trials(session, job_id, limit=limit + 1, after=after)
+        front = frozenset(row.number for row in trials.front(session, job_id))
+    page = rows[:limit]
+    following = page[-1].number if len(rows) > limit else None
+    return TrialPage(items=[view(row, front) for row in page], next=following)
+
+
+@router.get("/jobs/{job_id}/front", responses=errors({404: MISSING}))
+def show_front(who: Reader, job_id: uuid.UUID) -> TrialPage:
+    """The Pareto-optimal trials: nothing has both fewer refusals and less first-token KL."""
+    with who.begin() as session:
+        control.visible(session, who.user, job_id)
+        rows = trials.front(session, job_id)
+    front = frozenset(row.number for row in rows)
+    return TrialPage(items=[view(row, front) for row in rows], next=None)
+
+
+@router.get("/jobs/{job_id}/trials/{number}", responses=errors({404: NO_TRIAL}))
+def show_trial(who: Reader, job_id: uuid.UUID, number: Number) -> TrialDetail:
+    """One trial: parameters, scores, and what the model said, next to the original's answers."""
+    with who.begin() as session:
+        job = control.visible(session, who.user, job_id)
+        row = trials.get(session, job_id, number)
+        said = trials.responses(session, job_id, number)
+        original = trials.responses(session, job_id, trials.ORIGINAL)
+        front = frozenset(each.number for each in trials.front(session, job_id))
+        prompts = {role: prompts_of(job, role) for role in said}
+    responses: dict[Role, list[Answer]] = {}
+    for role, outcomes in said.items():
+        before = original.get(role, [])
+        responses[role] = [
+            Answer(
+                prompt=prompts[role][place] if place < len(prompts[role]) else "",
+                refused=outcome.refused,
+                text=outcome.text,
+                tokens=outcome.tokens,
+                original_refused=before[place].refused if place < len(before) else None,
+                original_text=before[place].text if place < len(before) else None,
+            )
+            for place, outcome in enumerate(outcomes)
+        ]
+    return TrialDetail(**view(row, front).model_dump(), responses=responses)
+
+
+def prompts_of(job: Job, role: Role) -> list[str]:
+    """The prompts whose answers are kept for `role`, in the order of the answers."""
+    texts = PromptTexts.model_validate(job.prompts)
+    by_role: dict[Role, list[str]] = {
+        "search": texts.search_harmful,
+        "heldout": texts.heldout_harmful,
+        "over_refusal": texts.over_refusal,
+    }
+    return by_role[role]
+
+
+@router.post(
+    "/jobs/{job_id}/trials/{number}/pick",
+    responses=errors({403: NOT_YOURS, 404: NO_TRIAL, 409: "The trial has no scores yet."}),
+)
+def pick_trial(
+    who: Writer, job_id: uuid.UUID, number: Number, pick: Pick | None = None
+) -> TrialView:
+    """Pick a trial, or take the pick back with `{"picked": false}`."""
+    wanted = pick or Pick()
+    with who.begin() as session:
+        job = control.editable(session, who.user, job_id)
+        row = control.pick(session, who.user, job, number, wanted.picked)
+        front = frozenset(each.number for each in trials.front(session, job_id))
+        session.refresh(row)
+    who.doorbell.nudge(job_id)
+    return view(row, front)
