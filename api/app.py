@@ -35,7 +35,7 @@ from api.routes import (
     webhooks,
     workers,
 )
-from jobs.database import connect, session_factory
+from jobs.database import bounded, connect, session_factory
 from jobs.doorbell import Doorbell
 from jobs.settings import Settings
 from jobs.settings import settings as process_settings
@@ -56,6 +56,7 @@ ROUTERS: tuple[APIRouter, ...] = (
 )
 # With SQLAlchemy's overflow 30 connections for Starlette's 40 threads: queries are short.
 POOL_SIZE = 20
+IDLE_SECONDS = 60.0  # a request that hangs in a transaction lets go of its locks
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -94,7 +95,7 @@ def _name_of(route: APIRoute) -> str:
 @contextlib.asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     settings: Settings = app.state.settings
-    engine = connect(settings.database_url, pool_size=POOL_SIZE)
+    engine = connect(bounded(settings.database_url, IDLE_SECONDS), pool_size=POOL_SIZE)
     app.state.sessions = session_factory(engine)
     app.state.doorbell = Doorbell(settings.redis_url)
     app.state.nudges = Nudges(settings.redis_url)

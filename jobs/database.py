@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sqlalchemy import Engine, create_engine
+from sqlalchemy.engine import make_url
 from sqlalchemy.orm import Session, sessionmaker
 
 Sessions = sessionmaker[Session]
@@ -14,6 +15,23 @@ def normal_url(url: str) -> str:
         if url.startswith(prefix):
             return "postgresql+psycopg://" + url.removeprefix(prefix)
     return url
+
+
+def bounded(url: str, seconds: float, schema: str | None = None) -> str:
+    """`url` with an end to transactions in which nothing happens for `seconds`.
+
+    A process that is stopped, or whose machine vanishes, in the middle of a transaction keeps its
+    row locks, and whoever comes after it would wait for them for ever. The server ends such a
+    session; a worker's lease is over by then anyway. `schema` becomes the search path.
+    """
+    parsed = make_url(normal_url(url))
+    options = [f"-cidle_in_transaction_session_timeout={int(seconds * 1000)}"]
+    if schema is not None:
+        options.append(f"-csearch_path={schema}")
+    given = parsed.query.get("options", "")
+    before = [given] if isinstance(given, str) else list(given)
+    placed = parsed.update_query_dict({"options": " ".join([*filter(None, before), *options])})
+    return placed.render_as_string(hide_password=False)
 
 
 def connect(url: str, *, pool_size: int = 5) -> Engine:

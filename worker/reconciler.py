@@ -18,11 +18,10 @@ import redis
 from sqlalchemy import text
 
 from jobs import queue, workers
-from jobs.database import connect, session_factory
+from jobs.database import bounded, connect, session_factory
 from jobs.doorbell import Doorbell
 from jobs.settings import Settings
 from jobs.states import TaskKind
-from worker.database import bounded
 from worker.files import prune
 from worker.webhooks import deliver
 

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from optuna.storages import RDBStorage
 from sqlalchemy import Engine
 
-from jobs.database import Sessions, connect, session_factory
+from jobs.database import Sessions, bounded, connect, session_factory
 from jobs.doorbell import Doorbell
 from jobs.settings import Settings
 from jobs.spec.protocol import Prepare, Prepared
 from jobs.tables import Worker
-from worker.database import bounded
 from worker.engine_process import EngineProcess
 from worker.settings import WorkerSettings
 from worker.study import open_storage

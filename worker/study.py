@@ -22,11 +22,10 @@ from optuna.trial import TrialState, create_trial
 from sqlalchemy import create_engine, text
 from sqlalchemy.pool import NullPool
 
-from jobs.database import normal_url
+from jobs.database import bounded, normal_url
 from jobs.spec.candidate import Candidate
 from jobs.spec.job import JobSpec
 from jobs.tables import Trial
-from worker.database import bounded
 from worker.space import candidate_from, plain, space
 
 SCHEMA = "optuna"

@@ -17,7 +17,7 @@ from sqlalchemy import create_engine, inspect, text
 from jobs.database import normal_url
 from jobs.spec.job import JobSpec
 from jobs.tables import Trial
-from worker.database import bounded
+from jobs.database import bounded
 from worker.space import candidate_from, plain, space
 from worker.study import JobStudy, open_storage, sampler
 
