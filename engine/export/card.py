@@ -1,0 +1,223 @@
+"""The model card, README.md of an artifact.
+
+`Export.card` may hold, all optional:
+    baseline, scores, measured   role -> scores (jobs.spec.scores.Scores or its JSON)
+    the keys of `FACTS`          further rows of the table of parameters
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from engine.export.adapter import Adapter
+from jobs.spec.candidate import COMPONENTS, Candidate
+from jobs.spec.scores import Scores
+
+ROLES = (
+    ("search", "search prompts"),
+    ("heldout", "held-out prompts"),
+    ("over_refusal", "harmless prompts that look refusable"),
+)
+FACTS = {
+    "method": "method",
+    "trial": "trial",
+    "trials": "trials of the search",
+    "seed": "seed",
+    "max_new_tokens": "answer tokens",
+    "architecture": "architecture",
+    "coverage": "share of the writing parameters that edits reach",
+    "job": "job",
+}
+COLUMNS = (("baseline", "original"), ("scores", "edited, searched"), ("measured", "artifact"))
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card says besides `Export.card`."""
+
+    base: str
+    commit: str | None
+    kind: str
+    candidate: Candidate
+    quantization: str
+    dtype: str
+    versions: dict[str, str]
+    adapter: Adapter | None = None
+
+
+def render(card: dict[str, Any], facts: CardFacts) -> str:
+    """README.md: YAML front matter, then Markdown."""
+    base = facts.base
+    parts = [
+        _front_matter(base, facts),
+        f"# {_text(base.split('/')[-1])}, abliterated",
+        f"This is [{_text(base)}](https://huggingface.co/{base}) with its refusal behaviour "
+        "removed by directional ablation (Arditi et al. 2024, arXiv 2406.11717)."
+        if "/" in base
+        else f"This is {_text(base)} with its refusal behaviour removed by directional ablation "
+        "(Arditi et al. 2024, arXiv 2406.11717).",
+        _what(facts),
+        "## Scores",
+        _scores(card),
+        "## The edit",
+        _parameters(card, facts),
+        "## Use",
+        _use(base, facts),
+        "## Licence and care",
+        "The licence and the terms of use of the base model hold for this artifact too. The model "
+        "answers requests that the original declines: whoever runs it answers for its use.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(base: str, facts: CardFacts) -> str:
+    """YAML; every value is a JSON string, which YAML reads as it stands."""
+    adapter = facts.adapter
+    lines = [
+        "---",
+        f"base_model: {json.dumps(base)}",
+        f"base_model_relation: {'adapter' if adapter else 'finetune'}",
+        f"library_name: {'peft' if adapter else 'transformers'}",
+        "pipeline_tag: text-generation",
+        "tags:",
+        *(f"- {tag}" for tag in ("abliterated", "uncensored", "nullspace")),
+        *((f"- {'dora' if adapter.dora else 'lora'}",) if adapter else ()),
+        "---",
+    ]
+    return "\n".join(lines)
+
+
+def _what(facts: CardFacts) -> str:
+    adapter = facts.adapter
+    if adapter is None:
+        return (
+            "The folder holds the whole model. Edited weights were computed in float64 from the "
+            "original safetensors and rounded once; all other tensors are byte-identical to them. "
+            "`sha256sum -c SHA256SUMS` checks the files."
+        )
+    if adapter.dora:
+        kind = "a DoRA adapter of rank 1, which is the edit exactly"
+    elif adapter.worst_error == 0:
+        kind = "a LoRA adapter of rank 1, which is the edit exactly"
+    else:
+        kind = (
+            f"a LoRA adapter of rank {adapter.rank}, which leaves out "
+            f"{adapter.mean_error:.2%} of the edit (mean over the edited matrices; worst "
+            f"{adapter.worst_error:.2%}; relative Frobenius norm)"
+        )
+    return f"The folder holds {kind}. `sha256sum -c SHA256SUMS` checks the files."
+
+
+def _scores(card: dict[str, Any]) -> str:
+    """One table: a row per role and score, a column per model that was measured."""
+    columns = [(label, _roles(card.get(key))) for key, label in COLUMNS]
+    columns = [(label, roles) for label, roles in columns if roles]
+    if not columns:
+        return "No scores were recorded with this export."
+    rows = []
+    for role, prompts in ROLES:
+        found = [roles.get(role) for _, roles in columns]
+        if not any(found):
+            continue
+        rows.append((f"refusals, {prompts}", [_refusals(s) for s in found]))
+        for key, label in (("kl_first", "KL, first token"), ("kl_multi", "KL, several tokens")):
+            values = [getattr(s, key) if s else None for s in found]
+            if any(v is not None for v in values):
+                rows.append((f"{label}, {prompts}", [_number(v) for v in values]))
+    lines = [
+        "| | " + " | ".join(label for label, _ in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+        *(f"| {name} | " + " | ".join(cells) + " |" for name, cells in rows),
+    ]
+    note = (
+        "Refusals are counted by marker phrases; in brackets the Wilson 95 % interval. The search "
+        "saw the search prompts; neither it nor the directions saw the held-out prompts. KL is "
+        "KL(original‖edited) in nats over harmless prompts."
+    )
+    if any(label == "artifact" for label, _ in columns):
+        note += " The last column was measured on this artifact, loaded from disk."
+    return "\n".join(lines) + "\n\n" + note
+
+
+def _roles(value: Any) -> dict[str, Scores]:
+    """Scores by role from JSON or models."""
+    if not isinstance(value, dict):
+        return {}
+    return {str(k): Scores.model_validate(v) for k, v in value.items() if v}
+
+
+def _refusals(s: Scores | None) -> str:
+    if s is None:
+        return "–"
+    low, high = s.interval
+    return f"{s.refusals}/{s.total} ({100 * low:.1f}–{100 * high:.1f} %)"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _parameters(card: dict[str, Any], facts: CardFacts) -> str:
+    candidate = facts.candidate
+    direction = "one direction per layer"
+    if candidate.scope == "global":
+        direction = f"one direction for all layers, at layer {candidate.index:.4g}"
+    if candidate.projected:
+        direction += ", projected off the harmless mean"
+    rows = [("mode", candidate.mode), ("direction", direction)]
+    for component in COMPONENTS:
+        k = candidate.kernel(component)
+        text = f"{k.max_weight:.4g} everywhere"
+        if k.max_weight != k.min_weight or k.distance < 1e6:
+            text = (
+                f"{k.max_weight:.4g} at layer {k.position:.4g}, falling to {k.min_weight:.4g} at "
+                f"distance {k.distance:.4g}, 0 beyond"
+            )
+        rows.append((f"strength, {component} output", text))
+    rows.append(("searched with", f"{facts.quantization} quantisation, {facts.dtype}"))
+    if facts.commit:
+        rows.append(("commit of the base model", facts.commit))
+    rows += [(label, str(card[key])) for key, label in FACTS.items() if card.get(key) is not None]
+    rows += [(f"version of {name}", number) for name, number in facts.versions.items()]
+    table = "| | |\n|---|---|\n" + "\n".join(f"| {_text(k)} | {_text(v)} |" for k, v in rows)
+    exact = json.dumps(candidate.model_dump(mode="json"), indent=2)
+    return f"{table}\n\nThe candidate, to make the edit again:\n\n```json\n{exact}\n```"
+
+
+def _use(base: str, facts: CardFacts) -> str:
+    prompt = 'chat = [{"role": "user", "content": "Hello!"}]'
+    run = (
+        "inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, "
+        'return_tensors="pt", return_dict=True)\n'
+        "answer = model.generate(**inputs.to(model.device), max_new_tokens=200)\n"
+        'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], '
+        "skip_special_tokens=True))"
+    )
+    load = 'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")'
+    tokens, head = "PATH", "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    if facts.adapter is not None:
+        tokens = base
+        head = f"from peft import PeftModel\n{head}"
+        load = (
+            f'base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}, dtype="auto")\n'
+            'model = PeftModel.from_pretrained(base, "PATH")'
+        )
+    code = (
+        f"{head}\n\n{load}\ntokenizer = AutoTokenizer.from_pretrained({json.dumps(tokens)})\n"
+        f"{prompt}\n{run}"
+    )
+    more = "`PATH` is this folder or its name on the hub."
+    if facts.adapter is not None and facts.adapter.dora:
+        more += (
+            " DoRA recomputes a norm at every step: call `model = model.merge_and_unload()` before "
+            "generating, unless the base is quantised."
+        )
+    return f"```python\n{code}\n```\n\n{more}"
+
+
+def _text(value: str) -> str:
+    """A value as plain Markdown text on one line."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(value.split()))

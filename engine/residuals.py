@@ -1,0 +1,86 @@
+"""The residual stream after every block at the last prompt token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.anatomy import Anatomy, accepts
+from engine.errors import EngineError
+from engine.report import Report
+
+
+@torch.no_grad()
+def collect(
+    model: nn.Module,
+    anatomy: Anatomy,
+    inputs: list[list[int]],
+    pad_id: int,
+    report: Report,
+    batch_size: int,
+) -> Tensor:
+    """h (N, L+1, d), float32 on the CPU: h[:, 0] enters block 0, h[:, l+1] leaves block l.
+
+    Hooks on the blocks: the last of Hugging Face's `hidden_states` has passed the final norm.
+    Halves `batch_size` when the device is out of memory; raises `out_of_memory` at 1.
+    """
+    result = torch.empty(len(inputs), anatomy.layers + 1, anatomy.hidden)
+    order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))  # little padding
+    done, size = 0, max(1, batch_size)
+    while done < len(order):
+        rows = order[done : done + size]
+        try:
+            states = _states(model, anatomy, [inputs[i] for i in rows], pad_id)
+        except torch.OutOfMemoryError as error:
+            if size == 1:
+                raise EngineError(
+                    "out_of_memory",
+                    "one prompt's forward pass does not fit into the device's memory",
+                    "Use quantisation bnb_4bit, shorter prompts or a larger GPU.",
+                ) from error
+            size = max(1, size // 2)
+            torch.cuda.empty_cache()
+            report.log(f"out of memory: going on with batches of {size}", "warning")
+            continue
+        result[torch.tensor(rows)] = states
+        done += len(rows)
+        report.progress("directions", done, len(order))
+    return result
+
+
+def _states(
+    model: nn.Module, anatomy: Anatomy, batch: list[list[int]], pad_id: int
+) -> Tensor:  # fmt: skip
+    """h (B, L+1, d) of one left-padded batch."""
+    width = max(len(ids) for ids in batch)
+    ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in batch])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
+    device = next(model.parameters()).device
+    arguments: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    if accepts(model, "position_ids"):
+        arguments["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0).to(device)
+    if accepts(model, "logits_to_keep"):
+        arguments["logits_to_keep"] = 1
+    kept: list[Tensor | None] = [None] * (anatomy.layers + 1)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream = args[0] if args else kwargs["hidden_states"]
+        kept[0] = stream[:, -1].float().cpu()
+
+    def after(layer: int) -> Any:
+        def hook(module: nn.Module, args: Any, out: Any) -> None:
+            stream = out[0] if isinstance(out, (tuple, list)) else out
+            kept[layer + 1] = stream[:, -1].float().cpu()
+
+        return hook
+
+    hooks: list[Any] = [anatomy.blocks[0].register_forward_pre_hook(before, with_kwargs=True)]
+    hooks += [b.register_forward_hook(after(i)) for i, b in enumerate(anatomy.blocks)]
+    try:
+        model(**arguments, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack([k for k in kept if k is not None], dim=1)

@@ -1,0 +1,217 @@
+"""How far an edit moves the model on harmless prompts: KL(original‖edited), in nats.
+
+One forward gives both measures. The model reads a prompt and the first T − 1 tokens of the
+original's own answer to it (teacher-forced), so T next-token distributions come out:
+
+    kl_first = mean over prompts of KL at the first answer token
+    kl_multi = mean over all T positions of all prompts (answers shorter than T count as they are,
+               their end token included)
+
+Of the original only the vectors that entered the output head are kept, (T, d) a prompt in the
+model's dtype: T·d instead of T·V numbers. Its logits are made again in the forward of the edited
+model, by appending those vectors to what enters the head, so that the head and whatever a model
+does behind it (soft-capping, scaling) treat both alike. That loses nothing: the head is not edited,
+and both sides of the divergence come from the same matrix product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.decode import ORIGINAL, Answer, Decoder
+from engine.errors import EngineError
+from engine.memory import FLOAT32, Shape, forward_row, free_bytes
+from engine.report import Report
+
+if TYPE_CHECKING:
+    from engine.edit import Edit
+
+CHUNK = 1 << 24  # logits that are held in float32 at once: three tensors of 64 MB
+SHARE = 0.5  # of the free memory, for one forward and its logits
+MAX_ROWS = 256  # of one forward: it is bound by arithmetic long before
+WORST = 1e6  # nats; stands for a divergence that is not finite
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The original model on harmless prompts: what it read and what entered its head.
+
+    inputs[p]   token ids: prompt p and the answer's tokens but the last of the T
+    states[p]   (T_p, d) in the model's dtype, on the CPU
+    """
+
+    inputs: list[list[int]]
+    states: list[Tensor]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Mean KL(original‖edited) in nats, at the first token and over all positions."""
+
+    first: float
+    multi: float
+
+
+@torch.inference_mode()
+def measure_reference(
+    decoder: Decoder, prompts: Sequence[list[int]], answers: Sequence[Answer], tokens: int,
+    report: Report,
+) -> Reference:  # fmt: skip
+    """Read the original's states over the first `tokens` tokens of its own `answers`."""
+    inputs, counts = [], []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        count = max(1, min(tokens, len(answer.tokens) + answer.ended))
+        inputs.append(prompt + answer.tokens[: count - 1])
+        counts.append(count)
+    return reread(decoder, inputs, counts, report)
+
+
+@torch.inference_mode()
+def reread(
+    decoder: Decoder, inputs: list[list[int]], counts: list[int], report: Report
+) -> Reference:
+    """The unedited states of `decoder`'s model at the last `counts[p]` tokens of `inputs[p]`."""
+    states: dict[int, Tensor] = {}
+    pending = sorted(range(len(inputs)), key=lambda place: -len(inputs[place]))
+    while pending:
+        batch = pending[: _rows(decoder, inputs, counts)]
+        with decoder.surviving(len(batch)):
+            keep = max(counts[place] for place in batch)
+            decoder.select([], [])
+            ids, mask = decoder.padded([inputs[place] for place in batch])
+            seen: list[Tensor] = []
+            with _entering_head(decoder.model, partial(_keep, seen)):
+                decoder.forward(ids, mask, keep, use_cache=False)
+            for place, row in zip(batch, seen[0], strict=True):
+                states[place] = row[-counts[place] :].to("cpu", copy=True)
+        pending = [place for place in pending if place not in states]
+        report.progress("original distributions", len(states), len(inputs))
+    return Reference(inputs, [states[place] for place in range(len(inputs))])
+
+
+@torch.inference_mode()
+def divergences(
+    decoder: Decoder, reference: Reference, edits: Sequence[Edit], report: Report, phase: str
+) -> list[Divergence]:
+    """Of each of `edits`; of the model as it is (one divergence) where there are none."""
+    inputs = reference.inputs
+    counts = [len(states) for states in reference.states]
+    found: dict[tuple[int, int], Tensor] = {}  # (prompt, edit) -> KL at each of its positions
+    prompts = sorted(range(len(inputs)), key=lambda place: -len(inputs[place]))
+    numbers = list(range(len(edits))) or [ORIGINAL]
+    pending = [(place, number) for place in prompts for number in numbers]  # prompts share a batch
+    total = len(pending)
+    while pending:
+        batch = pending[: _rows(decoder, inputs, counts)]
+        with decoder.surviving(len(batch)):
+            found.update(zip(batch, _of_batch(decoder, reference, edits, batch), strict=True))
+        pending = [pair for pair in pending if pair not in found]
+        report.progress(phase, len(found), total)
+    decoder.select([], [])  # no edit stays behind
+    return [_mean([found[place, number] for place in prompts]) for number in numbers]
+
+
+def _of_batch(
+    decoder: Decoder, reference: Reference, edits: Sequence[Edit], batch: list[tuple[int, int]]
+) -> list[Tensor]:
+    """KL at each position of each (prompt, edit): float64 vectors on the CPU."""
+    distinct = list(dict.fromkeys(place for place, _ in batch))
+    originals = [reference.states[place] for place in distinct]
+    keep = max(map(len, originals))
+    decoder.select(edits, [number for _, number in batch])
+    ids, mask = decoder.padded([reference.inputs[place] for place, _ in batch])
+
+    def append(states: Tensor) -> Tensor:
+        """(rows, ≥ keep, d) -> (rows + prompts, keep, d): the originals below, aligned right."""
+        below = states.new_zeros(len(originals), keep, states.shape[-1])
+        for row, original in zip(below, originals, strict=True):
+            row[-len(original) :] = original.to(states.device)
+        return torch.cat([states[:, -keep:], below])
+
+    with _entering_head(decoder.model, append):
+        logits = decoder.forward(ids, mask, keep, use_cache=False).logits  # (rows + prompts, T, V)
+    below = {place: len(batch) + number for number, place in enumerate(distinct)}
+    return [
+        divergence(logits[below[place], -count:], logits[row, -count:])
+        for row, (place, _) in enumerate(batch)
+        for count in [len(reference.states[place])]
+    ]
+
+
+def divergence(original: Tensor, edited: Tensor) -> Tensor:
+    """KL(original‖edited) of each row of logits (rows, V): (rows), float64, nats, on the CPU.
+
+    In float32, a chunk of rows at a time, since float32 copies of all logits are the memory peak.
+    Against float64 the difference is below 1e-6 for vocabularies up to 262144 (tested).
+    """
+    rows = max(1, CHUNK // original.shape[-1])
+    sums = []
+    for start in range(0, len(original), rows):
+        log_p = original[start : start + rows].float().log_softmax(-1)
+        log_q = edited[start : start + rows].float().log_softmax(-1)
+        p = log_p.exp()
+        terms = torch.where(
+            p > 0, p * (log_p - log_q), 0.0
+        )  # 0·log 0 = 0, also where both are -inf
+        sums.append(terms.sum(-1, dtype=torch.float64).clamp(min=0).cpu())
+    return torch.cat(sums)
+
+
+def _mean(per_prompt: list[Tensor]) -> Divergence:
+    first = torch.stack([values[0] for values in per_prompt]).mean().item()
+    multi = torch.cat(per_prompt).mean().item()
+    return Divergence(_bounded(first), _bounded(multi))
+
+
+def _bounded(value: float) -> float:
+    """A model whose logits are not finite has no divergence; it must still compare as the worst."""
+    return min(value, WORST) if math.isfinite(value) else WORST
+
+
+def _rows(decoder: Decoder, inputs: Sequence[list[int]], counts: Sequence[int]) -> int:
+    """Rows of one forward: the original's logits come on top of the edited ones."""
+    shape = Shape.of(decoder.model.config, _width(decoder.model))
+    row = forward_row(shape, max(map(len, inputs)), 2 * max(counts))
+    floats = 3 * FLOAT32 * max(CHUNK, shape.vocabulary)
+    free = free_bytes(decoder.device) - floats
+    return max(1, min(decoder.batch_size, MAX_ROWS, int(free * SHARE) // row))
+
+
+def _width(model: Any) -> int:
+    """Bytes of one number of the residual stream."""
+    return int(model.dtype.itemsize)
+
+
+def _keep(seen: list[Tensor], states: Tensor) -> Tensor:
+    """Keep all states; let the head compute one position only."""
+    seen.append(states)
+    return states[:, -1:]
+
+
+@contextmanager
+def _entering_head(model: Any, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the block, what enters the output head, (rows, t, d), is `change` of it."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        raise EngineError(
+            "unsupported_architecture",
+            f"{type(model).__name__} has no output head (get_output_embeddings)",
+            "Choose a decoder-only language model.",
+        )
+
+    def before(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (change(given[0]), *given[1:])
+
+    handle = head.register_forward_pre_hook(before)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,136 @@
+"""What one engine process does between its start and its end: one prepared model, many requests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from engine import export
+from engine.decode import ORIGINAL, Row
+from engine.errors import EngineError
+from engine.measure import measure
+from engine.memory import release
+from engine.preparation import Ready, check_length, context_of, prepare
+from engine.report import Report
+from engine.scorers import score
+from jobs.spec.protocol import (
+    Export,
+    Exported,
+    Prepare,
+    Prepared,
+    Respond,
+    Responses,
+    Score,
+    Scored,
+    ScoredBatch,
+    Stop,
+)
+from jobs.spec.scores import Role, Scores
+
+
+class Session:
+    """Answers the protocol's requests.
+
+    session = Session()
+    session.handle(Prepare(...), report)        # Prepared
+    session.handle(Score(...), report)          # ScoredBatch; a second Prepare is needed only
+    session.handle(Prepare(...), report)        # if it differs from the first
+    """
+
+    def __init__(self) -> None:
+        self._ready: Ready | None = None
+
+    def handle(
+        self, request: Prepare | Score | Respond | Export | Stop, report: Report
+    ) -> Prepared | ScoredBatch | Responses | Exported:
+        """The result of one request. Raises EngineError."""
+        match request:
+            case Prepare():
+                return self.prepare(request, report)
+            case Score():
+                return self.score(request, report)
+            case Respond():
+                return self.respond(request, report)
+            case Export():
+                return self.export(request, report)
+            case Stop():
+                raise EngineError("stopped", "the session ends")
+
+    def prepare(self, request: Prepare, report: Report) -> Prepared:
+        """Prepare a model, or say again what was found if it is prepared already."""
+        if self._ready is not None and self._ready.request == request:
+            report.log("this model is prepared already")
+            return self._ready.prepared
+        if self._ready is not None:
+            self._ready.close()
+            self._ready = None  # the memory goes to the next model
+            release()
+        self._ready = prepare(request, report)
+        return self._ready.prepared
+
+    def score(self, request: Score, report: Report) -> ScoredBatch:
+        """Score candidates; each is sent as a partial as soon as it is known."""
+        ready = self._prepared()
+        role = ready.roles.get(request.role)
+        if role is None:
+            raise EngineError(
+                "bad_request",
+                f"role: this job has no prompts for {request.role}",
+                "Choose a prompt set for that role when submitting the job.",
+            )
+        new = request.max_new_tokens or ready.request.max_new_tokens
+        longest = max(role.harmful, key=len)
+        check_length("the longest prompt", longest, new, context_of(ready.loaded))
+        edits = [ready.builder.build(candidate) for candidate in request.candidates]
+        if not edits:
+            return ScoredBatch(scored=[])
+
+        def send(index: int, scored: Scored) -> None:
+            report.partial(index, scored=scored)
+
+        ready.decoder.reserve(len(longest), new)
+        scored = score(ready.decoder, role, edits, ready.refusals, new, report, on_scored=send)
+        return ScoredBatch(scored=scored)
+
+    def respond(self, request: Respond, report: Report) -> Responses:
+        """Whole answers, streamed: each partial is a piece that follows the pieces before it."""
+        ready = self._prepared()
+        inputs = [ready.formatter.ids(prompt) for prompt in request.prompts]
+        if not inputs:
+            return Responses(texts=[])
+        for number, ids in enumerate(inputs, start=1):
+            name, context = f"prompt {number}", context_of(ready.loaded)
+            check_length(name, ids, request.max_new_tokens, context)
+        edits = [] if request.candidate is None else [ready.builder.build(request.candidate)]
+        edit = 0 if edits else ORIGINAL
+        sent = [""] * len(inputs)
+
+        def send(index: int, text: str) -> None:
+            if len(text) > len(sent[index]) and text.startswith(sent[index]):
+                report.partial(index, text=text[len(sent[index]) :])
+                sent[index] = text
+
+        ready.decoder.reserve(max(map(len, inputs)), request.max_new_tokens)
+        answers = ready.decoder.answers(
+            [Row(ids, edit) for ids in inputs], edits, request.max_new_tokens, report, "answers",
+            on_text=send,
+        )  # fmt: skip
+        return Responses(texts=[answer.text for answer in answers])
+
+    def export(self, request: Export, report: Report) -> Exported:
+        """Write an artifact; with `measure`, load it from disk and score it before the card."""
+        ready = self._prepared()
+
+        def scores(folder: Path) -> dict[Role, Scores]:
+            return measure(folder, ready, request, report)
+
+        return export.write(
+            ready.loaded, ready.anatomy, ready.directions, request, report,
+            scores if request.measure else None,
+        )  # fmt: skip
+
+    def _prepared(self) -> Ready:
+        if self._ready is None:
+            raise EngineError(
+                "bad_request", "no model is prepared", "Send a prepare request first."
+            )
+        return self._ready
