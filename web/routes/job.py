@@ -1,0 +1,157 @@
+"""The page of one job, and its live part alone."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any
+from urllib.parse import urlencode
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse
+
+from jobs import artifacts, control, events, listing, live, trials
+from jobs.problems import Problem
+from jobs.tables import Trial
+from web.render import page
+from web.session import Visit, visit
+from web.views import artifacts as artifact_views
+from web.views import formats, logs, scores
+from web.views import jobs as views
+from web.views import trials as trial_views
+
+router = APIRouter()
+EVENTS_SHOWN = 40
+
+#: What a page says after a form was posted; the address holds the key, never a text.
+NOTICES = {
+    "submitted": "Submitted. This page follows the job by itself.",
+    "paused": "Pausing: the worker finishes its running trials and frees the device.",
+    "resumed": "Resumed. Nothing that was scored is scored again.",
+    "cancelled": "Cancelled. Finished trials and artifacts stay.",
+    "more": "The budget was changed.",
+    "picked": "Picked. Its files are kept.",
+    "unpicked": "No longer picked.",
+    "exported": "The export is queued. It runs beside the search, when a worker is free.",
+    "asked": "Asked. The answer appears below when a worker has given it.",
+}
+
+
+@router.get("/jobs/{job_id}")
+def show_job(
+    request: Request,
+    job_id: uuid.UUID,
+    sort: str = "refusals",
+    order: str = "asc",
+    show: str = "all",
+    still: bool = False,
+    done: str = "",
+) -> HTMLResponse:
+    """State, progress, result, plot, trials, artifacts and log of a job."""
+    return job_page(
+        request,
+        job_id,
+        sort=sort,
+        order=order,
+        show=show,
+        still=still,
+        notice=NOTICES.get(done, ""),
+    )
+
+
+@router.get("/jobs/{job_id}/live")
+def show_live_part(
+    request: Request,
+    job_id: uuid.UUID,
+    sort: str = "refusals",
+    order: str = "asc",
+    show: str = "all",
+) -> HTMLResponse:
+    """What changes on the job's page, for the script that follows it."""
+    return job_page(request, job_id, "job_live.html", sort=sort, order=order, show=show)
+
+
+def job_page(
+    request: Request,
+    job_id: uuid.UUID,
+    template: str = "job.html",
+    *,
+    sort: str = "refusals",
+    order: str = "asc",
+    show: str = "all",
+    still: bool = False,
+    notice: str = "",
+    problem: Problem | None = None,
+) -> HTMLResponse:
+    """The job's page; `problem` is what went wrong with the form that was posted from it."""
+    sort = sort if sort in trial_views.KEYS else "refusals"
+    order = "desc" if order == "desc" else "asc"
+    show = "front" if show == "front" else "all"
+    with visit(request) as here:
+        context = _context(here, job_id, sort, order, show)
+    query = {"sort": sort, "order": order, "show": show}
+    return page(
+        request,
+        template,
+        here.user,
+        status=problem.status if problem else 200,
+        query=urlencode(query),
+        sort=sort,
+        order=order,
+        show=show,
+        still=still,
+        notice=notice,
+        problem=problem,
+        **context,
+    )
+
+
+def _context(here: Visit, job_id: uuid.UUID, sort: str, order: str, show: str) -> dict[str, Any]:
+    session = here.session
+    row = control.visible(session, here.user, job_id)
+    job = listing.summary(session, row, here.settings)
+    all_trials = trials.list_trials(session, job_id, limit=10_000)
+    front = frozenset(trial.number for trial in trials.front(session, job_id))
+    lines = [trial_views.line(job_id, trial, front) for trial in all_trials]
+    baseline = scores.score((job.baseline or {}).get("search"))
+    chosen = _chosen(all_trials, job.best.number if job.best else None)
+    recent = events.since(session, job_id, max(0, row.event_seq - 500))
+    told = [views.happening(event) for event in recent if event.kind != "progress"]
+    tasks = live.tasks(session, job_id)
+    shown = [item for item in lines if show == "all" or item.front or item.picked]
+    return {
+        "job": job,
+        "badge": views.badge(job.state, job.desired_state),
+        "phase": views.phase(job),
+        "announcement": views.announcement(job),
+        "eta": formats.duration(job.eta_seconds) if job.eta_seconds is not None else "",
+        "live": views.is_live(job) or any(t.state in ("ready", "running") for t in tasks),
+        "chosen": chosen,
+        "comparisons": scores.compare(job.baseline, chosen),
+        "picked": [item for item in lines if item.picked],
+        "plot": trial_views.plot(lines, baseline, width=760, height=400),
+        "small_plot": trial_views.plot(lines, baseline, width=356, height=330),
+        "tried_hidden": max(
+            0,
+            sum(i.search is not None and not i.front for i in lines) - trial_views.MOST_TRIED,
+        ),
+        "columns": trial_views.columns(sort, order),
+        "lines": trial_views.ordered(shown, sort, order),
+        "count": len(lines),
+        "front_count": len(front),
+        "artifacts": [artifact_views.view(a) for a in artifacts.list_for_job(session, job_id)],
+        "submitted": views.settings_facts(job),
+        "anatomy": views.anatomy_facts(row.prepared),
+        "gaps": views.gaps(row),
+        "warnings": views.warnings(row),
+        "log": logs.tail(logs.newest(here.settings.logs, (task.id for task in tasks))),
+        "events": told[-EVENTS_SHOWN:][::-1],
+        "may_edit": control.may_edit(here.user, row),
+    }
+
+
+def _chosen(rows: list[Trial], best: int | None) -> Trial | None:
+    """The trial that stands for the job's result: the best pick, else the best of all."""
+    picks = [row for row in rows if row.picked]
+    if picks:
+        return min(picks, key=lambda row: (row.refusals or 0, row.kl_first or 0.0))
+    return next((row for row in rows if row.number == best), None)

@@ -1,0 +1,110 @@
+"""Scores as pages show them: counts, intervals, divergences and the bar of the refusal rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from jobs.spec.scores import Role, wilson
+from jobs.tables import Trial
+from web import plots
+from web.views import formats
+
+ROLES: dict[Role, str] = {
+    "search": "Search prompts",
+    "heldout": "Held-out prompts",
+    "over_refusal": "Over-refusal prompts",
+}
+MEANING: dict[Role, str] = {
+    "search": "seen by the search",
+    "heldout": "seen by neither directions nor search",
+    "over_refusal": "harmless, but they look refusable",
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """Refusals of `total` prompts with their Wilson 95 % interval, KLs in nats."""
+
+    refusals: int
+    total: int
+    low: float
+    high: float
+    kl_first: float | None = None
+    kl_multi: float | None = None
+    mean_tokens: float | None = None
+
+    @property
+    def share(self) -> float:
+        """Refused share, 0..1."""
+        return self.refusals / self.total if self.total else 0.0
+
+    @property
+    def interval(self) -> str:
+        """'1.0–8.5 %'."""
+        return formats.interval(self.low, self.high)
+
+    @property
+    def bar(self) -> Markup:
+        """The share as a bar with its interval."""
+        return plots.rate(self.share, self.low, self.high)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One role's row of a result: the original beside the edit."""
+
+    role: Role
+    label: str
+    meaning: str
+    original: Score | None
+    edited: Score | None
+
+
+def score(stored: Mapping[str, Any] | None) -> Score | None:
+    """A stored `Scores` document."""
+    if not stored or stored.get("refusals") is None or stored.get("total") is None:
+        return None
+    refusals, total = int(stored["refusals"]), int(stored["total"])
+    low, high = wilson(refusals, total)
+    return Score(
+        refusals, total, low, high,
+        stored.get("kl_first"), stored.get("kl_multi"), stored.get("mean_tokens"),
+    )  # fmt: skip
+
+
+def of_trial(row: Trial) -> Score | None:
+    """The scores on the search prompts, kept in the trial's own columns."""
+    return score(
+        {
+            "refusals": row.refusals,
+            "total": row.total,
+            "kl_first": row.kl_first,
+            "kl_multi": row.kl_multi,
+            "mean_tokens": row.mean_tokens,
+        }
+    )
+
+
+def by_role(row: Trial) -> dict[Role, Score]:
+    """All scores that a trial has."""
+    found = {
+        "search": of_trial(row),
+        "heldout": score(row.heldout),
+        "over_refusal": score(row.over_refusal),
+    }
+    return {role: found[role] for role in ROLES if found[role] is not None}  # type: ignore[misc]
+
+
+def compare(baseline: Mapping[str, Any] | None, row: Trial | None) -> list[Comparison]:
+    """Rows for every role that either side has, in the order of ROLES."""
+    edited = by_role(row) if row is not None else {}
+    original = {role: score((baseline or {}).get(role)) for role in ROLES}
+    return [
+        Comparison(role, ROLES[role], MEANING[role], original[role], edited.get(role))
+        for role in ROLES
+        if original[role] is not None or role in edited
+    ]

@@ -1,0 +1,294 @@
+"""Trials as pages show them: table, plot, one trial with its answers."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from jobs.spec.candidate import Candidate
+from jobs.spec.protocol import PromptTexts
+from jobs.spec.scores import Outcome, Role
+from jobs.tables import Trial
+from web import plots
+from web.views import formats, scores
+from web.views.jobs import Fact
+from web.views.scores import Score
+
+MOST_TRIED = 400  # points off the front in one plot; the table holds them all
+ORIGINS = {"single_pass": "single pass", "plain": "plain kernel", "sampler": "search"}
+MODES = {
+    "none": "none: the component is removed as it stands",
+    "pre": "pre: removed from rows of length one",
+    "full": "full: removed, rows keep their length",
+    "columns": "columns: removed, columns keep their length",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the trials' table; the same facts as its point in the plot."""
+
+    number: int
+    href: str
+    state: str
+    origin: str
+    front: bool
+    picked: bool
+    search: Score | None
+    heldout: Score | None
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A sortable heading. `more` is left out on phones.
+
+    `order` is what a click leads to, `current` how it is sorted now.
+    """
+
+    key: str
+    label: str
+    more: str
+    order: str
+    current: str
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A prompt with both models' answers."""
+
+    place: int
+    prompt: str
+    original: Outcome | None
+    edited: Outcome
+    change: str
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One page of the answers of a role."""
+
+    role: Role
+    label: str
+    items: list[Answer]
+    total: int
+    refused: int
+    page: int
+    pages: int
+
+
+def line(job_id: uuid.UUID, row: Trial, front: frozenset[int]) -> Line:
+    """A row of the table."""
+    return Line(
+        number=row.number,
+        href=f"/jobs/{job_id}/trials/{row.number}",
+        state=row.state,
+        origin=ORIGINS.get(row.origin, row.origin),
+        front=row.number in front,
+        picked=row.picked,
+        search=scores.of_trial(row),
+        heldout=scores.score(row.heldout),
+        seconds=row.seconds,
+    )
+
+
+def _or_last(value: float | int | None) -> float:
+    return math.inf if value is None else float(value)
+
+
+KEYS: dict[str, Callable[[Line], tuple[float, ...]]] = {
+    "number": lambda item: (item.number,),
+    "refusals": lambda item: (
+        _or_last(item.search.refusals if item.search else None),
+        _or_last(item.search.kl_first if item.search else None),
+        item.number,
+    ),
+    "kl": lambda item: (_or_last(item.search.kl_first if item.search else None), item.number),
+    "kl_multi": lambda item: (_or_last(item.search.kl_multi if item.search else None), item.number),
+    "heldout": lambda item: (
+        _or_last(item.heldout.share if item.heldout else None),
+        _or_last(item.search.kl_first if item.search else None),
+        item.number,
+    ),
+    "seconds": lambda item: (_or_last(item.seconds), item.number),
+}
+HEADINGS = (
+    ("number", "Trial", "", False),
+    ("refusals", "Refused", "", False),
+    ("heldout", "Held-out", "", False),
+    ("kl", "KL", "first token", False),
+    ("kl_multi", "KL", "answer", True),
+    ("seconds", "Time", "", True),
+)
+
+
+def ordered(lines: Iterable[Line], sort: str, order: str) -> list[Line]:
+    """Sorted by a key of KEYS; lines that lack the value stay last in both orders."""
+    key = KEYS.get(sort, KEYS["refusals"])
+    items = list(lines)
+    known = [item for item in items if key(item)[0] != math.inf]
+    unknown = sorted((i for i in items if key(i)[0] == math.inf), key=lambda i: i.number)
+    return sorted(known, key=key, reverse=order == "desc") + unknown
+
+
+def columns(sort: str, order: str) -> list[Column]:
+    """The headings, each with the order that a click on it gives."""
+    return [
+        Column(
+            key,
+            label,
+            more,
+            "desc" if key == sort and order == "asc" else "asc",
+            ("descending" if order == "desc" else "ascending") if key == sort else "none",
+            wide,
+        )
+        for key, label, more, wide in HEADINGS
+    ]
+
+
+def title(item: Line) -> str:
+    """A point in words."""
+    if item.search is None:
+        return f"Trial {item.number}: {item.state}"
+    words = (
+        f"Trial {item.number}: {item.search.refusals} of {item.search.total} refused, "
+        f"KL {formats.divergence(item.search.kl_first)}"
+    )
+    if item.heldout is not None:
+        words += f"; held-out {item.heldout.refusals} of {item.heldout.total}"
+    if item.picked:
+        words += "; picked"
+    return words
+
+
+def marks(lines: Sequence[Line]) -> list[plots.Mark]:
+    """The points of the plot: the whole front, picks, and the newest of the others."""
+    scored = [i for i in lines if i.search is not None and i.search.kl_first is not None]
+    tried = [item for item in scored if not item.front and not item.picked]
+    tried = sorted(tried, key=lambda item: -item.number)[:MOST_TRIED]
+    chosen = [item for item in scored if item.front or item.picked] + tried
+    return [_mark(item) for item in chosen]
+
+
+def _mark(item: Line) -> plots.Mark:
+    assert item.search is not None and item.search.kl_first is not None
+    held = item.heldout
+    return plots.Mark(
+        number=item.number,
+        refusals=item.search.refusals,
+        total=item.search.total,
+        kl=item.search.kl_first,
+        href=item.href,
+        title=title(item),
+        front=item.front,
+        picked=item.picked,
+        heldout=None
+        if held is None
+        else plots.HeldOut(
+            refusals=held.refusals,
+            total=held.total,
+            kl=held.kl_first,
+            low=held.low,
+            high=held.high,
+            title=f"Trial {item.number}, held-out: {held.refusals} of {held.total} refused "
+            f"({held.interval}), KL {formats.divergence(held.kl_first)}",
+        ),
+    )
+
+
+def plot(
+    lines: Sequence[Line], baseline: Score | None, *, width: int, height: int
+) -> Markup | None:
+    """The Pareto plot; None while no trial has scores."""
+    points = marks(lines)
+    if not points:
+        return None
+    original = plots.Baseline(baseline.refusals, baseline.total) if baseline else None
+    return plots.pareto(points, original, width=width, height=height)
+
+
+def parameter_facts(candidate: Candidate) -> list[Fact]:
+    """The edit in words."""
+    facts = [
+        Fact("Edit mode", MODES[candidate.mode]),
+        Fact(
+            "Direction",
+            "one for all layers" if candidate.scope == "global" else "one for each layer",
+            f"taken at layer {candidate.index:.2f}"
+            if candidate.scope == "global" and candidate.index is not None
+            else "",
+        ),
+        Fact("Projected", "off the harmless mean" if candidate.projected else "no"),
+    ]
+    for name, kernel in (("Attention", candidate.attention), ("MLP", candidate.mlp)):
+        if kernel.distance >= 1e6:
+            facts.append(Fact(f"{name} λ", f"{kernel.max_weight:.2f}", "on every layer"))
+        elif kernel.max_weight == 0 and kernel.min_weight == 0:
+            facts.append(Fact(f"{name} λ", "0", "left alone"))
+        else:
+            facts.append(
+                Fact(
+                    f"{name} λ",
+                    f"{kernel.max_weight:.2f} to {kernel.min_weight:.2f}",
+                    f"most at layer {kernel.position:.1f}, over ± {kernel.distance:.1f} layers",
+                )
+            )
+    return facts
+
+
+def prompts_of(stored: Mapping[str, Any], role: Role) -> list[str]:
+    """The prompts whose outcomes are kept for a role, in the outcomes' order."""
+    texts = PromptTexts.model_validate(stored)
+    found: dict[Role, list[str]] = {
+        "search": texts.search_harmful,
+        "heldout": texts.heldout_harmful,
+        "over_refusal": texts.over_refusal,
+    }
+    return found[role]
+
+
+def change(original: Outcome | None, edited: Outcome) -> str:
+    """What the edit did to one prompt: 'now answered', 'still refused', 'now refused', ''."""
+    if original is None:
+        return "refused" if edited.refused else "answered"
+    if edited.refused:
+        return "still refused" if original.refused else "now refused"
+    return "now answered" if original.refused else "answered as before"
+
+
+def answers(
+    role: Role,
+    prompts: Sequence[str],
+    original: Sequence[Outcome],
+    edited: Sequence[Outcome],
+    *,
+    only_refused: bool,
+    page: int,
+    length: int = 20,
+) -> Answers:
+    """One page of a role's answers; still refused ones first, then in the prompts' order."""
+    items = [
+        Answer(
+            place=place,
+            prompt=prompts[place] if place < len(prompts) else "",
+            original=original[place] if place < len(original) else None,
+            edited=outcome,
+            change=change(original[place] if place < len(original) else None, outcome),
+        )
+        for place, outcome in enumerate(edited)
+    ]
+    items.sort(key=lambda item: (not item.edited.refused, item.place))
+    refused = sum(item.edited.refused for item in items)
+    chosen = [item for item in items if item.edited.refused] if only_refused else items
+    pages = max(1, math.ceil(len(chosen) / length))
+    page = min(max(1, page), pages)
+    return Answers(
+        role, scores.ROLES[role], chosen[(page - 1) * length : page * length],
+        len(items), refused, page, pages,
+    )  # fmt: skip
