@@ -122,10 +122,13 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def dtype_chain(wanted: Dtype, device: torch.device) -> list[torch.dtype]:
+def dtype_chain(
+    wanted: Dtype, device: torch.device, quantization: Quantization = "none"
+) -> list[torch.dtype]:
     """The dtypes to try in turn.
 
-    auto on CPU    float32
+    auto on CPU    float32; quantised bfloat16, float32: memory is what 4 bits are chosen for, and
+                   a small model's embedding in float32 weighs as much as its layers
     auto on CUDA   bfloat16 where the GPU has it, float16, float32
     any other      itself, then the wider ones of that list
     """
@@ -133,7 +136,9 @@ def dtype_chain(wanted: Dtype, device: torch.device) -> list[torch.dtype]:
     if device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False):
         half.insert(0, torch.bfloat16)
     if wanted == "auto":
-        return [torch.float32] if device.type == "cpu" else [*half, torch.float32]
+        if device.type == "cpu":
+            return [torch.float32] if quantization == "none" else [torch.bfloat16, torch.float32]
+        return [*half, torch.float32]
     first = DTYPES[wanted]
     if first is torch.float32:
         return [first]
@@ -217,7 +222,7 @@ def _first_that_works(
 ) -> tuple[Any, torch.dtype]:
     """The model in the first dtype of the chain whose first forward is sound."""
     fault = ""
-    for dtype in dtype_chain(request.dtype, device):
+    for dtype in dtype_chain(request.dtype, device, request.quantization):
         if fault:
             warn(f"{fault}; trying {_label(dtype)}")
         report.progress("load", 0, 0, f"loading {request.model} as {_label(dtype)}")

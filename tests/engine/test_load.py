@@ -110,6 +110,8 @@ def test_asked_dtype_and_load_folder(folder: Path) -> None:
 def test_dtype_chain() -> None:
     cpu = torch.device("cpu")
     assert dtype_chain("auto", cpu) == [torch.float32]
+    assert dtype_chain("auto", cpu, "bnb_4bit") == [torch.bfloat16, torch.float32]
+    assert dtype_chain("float32", cpu, "bnb_4bit") == [torch.float32]
     assert dtype_chain("float32", cpu) == [torch.float32]
     assert dtype_chain("float16", cpu) == [torch.float16, torch.bfloat16, torch.float32]
 

@@ -14,10 +14,9 @@ from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy import create_engine, inspect, text
 
-from jobs.database import normal_url
+from jobs.database import bounded, normal_url
 from jobs.spec.job import JobSpec
 from jobs.tables import Trial
-from jobs.database import bounded
 from worker.space import candidate_from, plain, space
 from worker.study import JobStudy, open_storage, sampler
 

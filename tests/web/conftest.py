@@ -106,7 +106,7 @@ def chromium() -> Iterator[Browser]:
     found = shutil.which("chromium") or shutil.which("chromium-browser")
     with sync_playwright() as driver:
         browser = driver.chromium.launch(
-            executable_path=os.environ.get("NULLSPACE_CHROMIUM") or found,
+            executable_path=os.environ.get("CHROMIUM") or found,
             args=[
                 "--no-sandbox",
                 "--disable-gpu",
