@@ -22,7 +22,9 @@ def wilson(hits: int, total: int, z: float = 1.959963984540054) -> tuple[float, 
     denominator = 1 + z * z / total
     middle = (p + z * z / (2 * total)) / denominator
     half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total)) / denominator
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # exact at the ends, where the two halves cancel only up to rounding
+    low = 0.0 if hits == 0 else middle - half
+    return low, 1.0 if hits == total else middle + half
 
 
 class Outcome(BaseModel):

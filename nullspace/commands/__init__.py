@@ -1,0 +1,1 @@
+"""The commands, one module per group. A command asks the client and prints."""

@@ -1,0 +1,331 @@
+"""submit, estimate, ls, show, watch, log, pause, resume, cancel, amend."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nullspace.client import Client, ClientError, Json
+from nullspace.commands.options import AsJson, JobId, Token, Url, client_of, job_id
+from nullspace.prompt_files import set_of
+from nullspace.terminal import (
+    FRONT,
+    dump,
+    duration,
+    front_rows,
+    number,
+    out,
+    plain,
+    ratio,
+    say,
+    show,
+    size,
+    table,
+    when,
+)
+from nullspace.watch import course, explain, finished, follow, sink
+
+Model = Annotated[str, typer.Argument(help="owner/name on the hub, or an operator's model.")]
+Harmful = Annotated[
+    str | None, typer.Option("--harmful", help="Prompts the model refuses: a set's name or a file.")
+]
+Harmless = Annotated[
+    str | None, typer.Option("--harmless", help="Prompts it answers: a set's name or a file.")
+]
+OverRefusal = Annotated[
+    str | None, typer.Option("--over-refusal", help="Harmless prompts that look refusable.")
+]
+Trials = Annotated[int | None, typer.Option("--trials", "-n", help="Budget of trials.")]
+Quantization = Annotated[
+    str | None, typer.Option("--quantization", "-q", help="none, bnb_4bit or bnb_8bit.")
+]
+Fields = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Any other field, e.g. prompts.search=50."),
+]
+SpecFile = Annotated[
+    Path | None, typer.Option("--spec", help="A job as JSON; - reads stdin. Options come on top.")
+]
+
+
+def build(
+    client: Client | None,
+    model: str | None,
+    spec: Path | None,
+    harmful: str | None,
+    harmless: str | None,
+    over_refusal: str | None,
+    fields: list[str] | None,
+    **options: Any,
+) -> Json:
+    """The job's specification from a file, options and FIELD=VALUE pairs, in that order."""
+    built: Json = {}
+    if spec is not None:
+        try:
+            text = sys.stdin.read() if str(spec) == "-" else spec.read_text()
+            built = json.loads(text)
+        except (OSError, ValueError) as error:
+            raise ClientError(f"--spec {spec}: {error}") from error
+        if not isinstance(built, dict):
+            raise ClientError(f"--spec {spec}: not a JSON object")
+    if model:
+        built["model"] = model
+    built |= {name: value for name, value in options.items() if value is not None}
+    sets = {"harmful": harmful, "harmless": harmless, "over_refusal": over_refusal}
+    for role, given in sets.items():
+        if given is not None and client is not None:
+            built.setdefault("prompts", {})[role] = set_of(client, given)
+    for pair in fields or []:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise ClientError(f"--set {pair}: write FIELD=VALUE")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        place = built
+        *outer, last = name.split(".")
+        for part in outer:
+            place = place.setdefault(part, {})
+            if not isinstance(place, dict):
+                raise ClientError(f"--set {pair}: {part} holds no fields")
+        place[last] = value
+    return built
+
+
+def submit(
+    model: Annotated[str | None, typer.Argument(help="owner/name, or an operator's model.")] = None,
+    spec: SpecFile = None,
+    trials: Trials = None,
+    quantization: Quantization = None,
+    harmful: Harmful = None,
+    harmless: Harmless = None,
+    over_refusal: OverRefusal = None,
+    name: Annotated[str | None, typer.Option("--name")] = None,
+    priority: Annotated[int | None, typer.Option("--priority")] = None,
+    parallelism: Annotated[int | None, typer.Option("--parallelism")] = None,
+    private: Annotated[bool | None, typer.Option("--private/--shared")] = None,
+    fields: Fields = None,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow it to its end.")] = False,
+    as_json: AsJson = False,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """Submit a job."""
+    with client_of(url, token) as client:
+        built = build(
+            client, model, spec, harmful, harmless, over_refusal, fields,
+            trials=trials, quantization=quantization, name=name, priority=priority,
+            parallelism=parallelism, private=private,
+        )  # fmt: skip
+        job = client.submit(built)
+        say(f"{client.url}/jobs/{job['id']}")
+        if watch:
+            with sink() as view:
+                job = follow(client, job["id"], view)
+        if as_json:
+            dump(job)
+        elif watch:
+            _front(client, job["id"])
+        else:
+            show(job["id"])
+
+
+def estimate(
+    model: Model,
+    quantization: Quantization = None,
+    trials: Trials = None,
+    fields: Fields = None,
+    as_json: AsJson = False,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """What a job would need: memory, disk, time. No weights are read."""
+    with client_of(url, token) as client:
+        built = build(
+            client, model, None, None, None, None, fields, quantization=quantization, trials=trials
+        )
+        found = client.estimate(built)
+    if as_json:
+        dump(found)
+        return
+    rows = [
+        ("architecture", found["architecture"]),
+        ("supported", {True: "yes", False: "no", None: "not known yet"}[found["supported"]]),
+        ("parameters", f"{found['parameters'] / 1e6:,.1f} million"),
+        ("layers, hidden", f"{found['layers']}, {found['hidden']}"),
+        *((f"weights, {kind}", size(count)) for kind, count in found["weight_bytes"].items()),
+        ("device memory", size(found["gpu_bytes"])),
+        ("host memory", size(found["ram_bytes"])),
+        ("disk for an export", size(found["disk_bytes"])),
+        ("time", duration(found["seconds"])),
+    ]
+    table(("", ""), rows)
+    for warning in found["warnings"]:
+        say(f"note: {plain(warning)}")
+
+
+def ls(
+    state: Annotated[str | None, typer.Option("--state", help="Only jobs in this state.")] = None,
+    mine: Annotated[bool, typer.Option("--mine", help="Only my own.")] = False,
+    query: Annotated[str | None, typer.Option("--grep", help="Part of name or model.")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1)] = 50,
+    as_json: AsJson = False,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """List jobs, newest first."""
+    with client_of(url, token) as client:
+        found = []
+        for job in client.jobs(state=state, mine=mine or None, q=query):
+            found.append(job)
+            if len(found) == limit:
+                break
+    if as_json:
+        dump(found)
+        return
+    rows = [
+        (
+            str(job["id"])[:8],
+            job["state"],
+            plain(job["name"] or job["model"], 40),
+            f"{job['trials']['complete']}/{job['trials']['budget']}",
+            _best(job),
+            duration(job["eta_seconds"]) if job["state"] == "running" else "",
+            job["owner"],
+            when(job["created_at"]),
+        )
+        for job in found
+    ]
+    table(("id", "state", "name", "#trials", "best", "#left", "owner", "created"), rows)
+
+
+def _best(job: Json) -> str:
+    best = job.get("best")
+    if not best:
+        return "-"
+    return f"{best['refusals']}/{best['total']} at {number(best['kl_first'])}"
+
+
+def show_job(job: JobId, as_json: AsJson = False, url: Url = None, token: Token = None) -> None:
+    """One job: state, scores, front."""
+    with client_of(url, token) as client:
+        found = client.job(job_id(client, job))
+        if as_json:
+            dump(found)
+            return
+        rows = [
+            ("job", found["id"]),
+            ("name", found["name"] or "-"),
+            ("model", f"{found['model']} {found['commit'] or ''}"),
+            ("owner", found["owner"]),
+            ("state", course(found)),
+            ("created", when(found["created_at"])),
+            ("page", f"{client.url}/jobs/{found['id']}"),
+        ]
+        for role, scores in (found.get("baseline") or {}).items():
+            rows.append((f"original, {role}", ratio(scores)))
+        if found.get("error"):
+            rows.append(("error", explain(found["error"])))
+        table(("", ""), rows)
+        if found["front_size"]:
+            out.print()
+            _front(client, found["id"])
+
+
+def _front(client: Client, job: str) -> None:
+    table(FRONT, front_rows(client.front(job)))
+
+
+def watch(job: JobId, as_json: AsJson = False, url: Url = None, token: Token = None) -> None:
+    """Follow a job to its end. With --json: one event a line."""
+    with client_of(url, token) as client:
+        full = job_id(client, job)
+        if as_json:
+            for event in client.events(full):
+                line = {
+                    "seq": event.seq,
+                    "kind": event.kind,
+                    "at": event.at,
+                    "payload": event.payload,
+                }
+                out.file.write(json.dumps(line) + "\n")
+                out.file.flush()
+            finished(client.job(full))
+            return
+        say(course(client.job(full)))
+        with sink() as view:
+            follow(client, full, view)
+        _front(client, full)
+
+
+def log(
+    job: JobId,
+    follow_it: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on until the job is over.")
+    ] = False,
+    task: Annotated[
+        str | None, typer.Option("--task", help="Of this task; default the last one.")
+    ] = None,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """Print a job's log."""
+    with client_of(url, token) as client:
+        for piece in client.log(job_id(client, job), task=task, follow=follow_it):
+            out.file.write(piece)
+            out.file.flush()
+
+
+def _control(action: Callable[[Client, str], Json]) -> Callable[..., None]:
+    def command(job: JobId, as_json: AsJson = False, url: Url = None, token: Token = None) -> None:
+        with client_of(url, token) as client:
+            found = action(client, job_id(client, job))
+        if as_json:
+            dump(found)
+        else:
+            say(course(found))
+
+    return command
+
+
+def amend(
+    job: JobId,
+    trials: Trials = None,
+    priority: Annotated[int | None, typer.Option("--priority")] = None,
+    parallelism: Annotated[int | None, typer.Option("--parallelism")] = None,
+    name: Annotated[str | None, typer.Option("--name")] = None,
+    as_json: AsJson = False,
+    url: Url = None,
+    token: Token = None,
+) -> None:
+    """Change a job: more trials, another priority, more workers, another name."""
+    given = {"trials": trials, "priority": priority, "parallelism": parallelism, "name": name}
+    changes = {key: value for key, value in given.items() if value is not None}
+    if not changes:
+        raise ClientError("nothing to change: give --trials, --priority, --parallelism or --name")
+    with client_of(url, token) as client:
+        found = client.amend(job_id(client, job), **changes)
+    if as_json:
+        dump(found)
+    else:
+        say(course(found))
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+    app.command()(submit)
+    app.command()(estimate)
+    app.command()(ls)
+    app.command("show")(show_job)
+    app.command()(watch)
+    app.command()(log)
+    app.command("pause", help="Pause a job; its worker hands the GPU back.")(_control(Client.pause))
+    app.command("resume", help="Go on with a paused or failed job.")(_control(Client.resume))
+    app.command("cancel", help="Cancel a job for good.")(_control(Client.cancel))
+    app.command()(amend)

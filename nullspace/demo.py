@@ -1,0 +1,186 @@
+"""`nullspace demo`: the whole job on the demo model, from nothing to a downloaded model.
+
+The demo model is small and refuses a harmless toy list of verbs ("fold", ...), so the whole way
+can be seen in minutes on a CPU, with nothing fetched from anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+
+from nullspace import one_job, up
+from nullspace.client import Json
+from nullspace.terminal import (
+    FRONT,
+    dump,
+    duration,
+    err,
+    front_rows,
+    number,
+    plain,
+    ratio,
+    say,
+    table,
+)
+from nullspace.watch import sink
+
+FOLDER = Path("nullspace-demo")
+TITLES = {"search": "search", "heldout": "held-out", "over_refusal": "look-alikes"}
+
+
+def spec(trials: int) -> Json:
+    """The demo job: the default search on the demo model and its prompt sets."""
+    return {
+        "name": "Demo",
+        "model": "demo",
+        "trials": trials,
+        "quantization": "none",
+        "max_new_tokens": 40,
+        "prompts": {
+            "harmful": "demo-refused",
+            "harmless": "demo-answered",
+            "over_refusal": "demo-over-refusal",
+        },
+    }
+
+
+def demo(
+    *,
+    trials: int,
+    data: Path | None,
+    port: int | None,
+    as_json: bool,
+    keep: bool,
+    stay: bool | None,
+) -> None:
+    """Run it. `stay`: keep serving until Ctrl-C (default: on a terminal). Raises ClientError.
+
+    `data` None: ./nullspace-demo with `keep`, else a temporary folder that is removed.
+    """
+    if stay is None:
+        stay = sys.stdin.isatty() and err.is_terminal and not as_json
+    # the matrices are so small that threads wait for each other more than they work: beside
+    # another busy program a second thread makes a trial ten times slower, alone it gains little
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with ExitStack() as stack:
+        if data is None and not keep:
+            data = Path(tempfile.mkdtemp(prefix="nullspace-demo-"))
+            stack.callback(shutil.rmtree, data, ignore_errors=True)
+            say(f"{data} is removed at the end")
+        folder = (data or FOLDER).absolute()
+        watch = one_job.Stopwatch()
+        watch.enter("start")
+        running = stack.enter_context(up.service(up.Options(folder, port=port), say))
+        watch.enter("")
+        say(f"dashboard: {running.url}  (sign in: {up.account(running)})")
+        found = _conduct(running, trials, watch)
+        _tell(found)
+        if as_json:
+            dump({key: value for key, value in found.items() if key != "samples"})
+        if stay:
+            say(f"\nThe dashboard stays at {running.url} until Ctrl-C.")
+            say(f"It begins again with: nullspace up --data {folder}")
+            threading.Event().wait()
+
+
+def _conduct(running: up.Service, trials: int, watch: one_job.Stopwatch) -> Json:
+    with running.client() as client:
+        with sink() as view:
+            say(f"submitting the demo job: {trials} trials")
+            job = one_job.search(client, spec(trials), view, watch)
+        identity = str(job["id"])
+        front = client.front(identity)
+        pick = one_job.best(front)
+        client.pick(identity, pick["number"])
+        with watch.phase("answers"):
+            samples = one_job.answers(client, identity, pick["number"])
+        say(f"exporting trial {pick['number']}")
+        files = one_job.fetch(
+            client,
+            identity,
+            pick["number"],
+            ["merged", "adapter"],
+            running.data / "models" / identity[:8],
+            watch,
+        )
+        front = client.front(identity)
+        pick = next(trial for trial in front if trial["number"] == pick["number"])
+    return {
+        "address": running.url,
+        "job": identity,
+        "page": f"{running.url}/jobs/{identity}",
+        "baseline": {role: _scores(scores) for role, scores in job["baseline"].items()},
+        "front": [_point(trial) for trial in front],
+        "pick": _point(pick),
+        "artifacts": files,
+        "seconds": watch.seconds,
+        "samples": samples,
+    }
+
+
+def _scores(scores: Json | None) -> Json | None:
+    """Scores with their Wilson 95 % interval."""
+    if not scores:
+        return None
+    from jobs.spec.scores import wilson
+
+    interval = scores.get("interval") or wilson(scores["refusals"], scores["total"])
+    kept = ("refusals", "total", "kl_first", "kl_multi")
+    return {key: scores.get(key) for key in kept} | {"interval": list(interval)}
+
+
+def _point(trial: Json) -> Json:
+    return {
+        "number": trial["number"],
+        "picked": trial["picked"],
+        "candidate": trial["candidate"],
+        **{role: _scores(trial.get(role)) for role in ("search", "heldout", "over_refusal")},
+    }
+
+
+def _tell(found: Json) -> None:
+    """The result for people, on stderr."""
+    say("\nPareto front (fewer refusals, less change)", "bold")
+    table(FRONT, front_rows(found["front"]), console=err)
+    pick = found["pick"]
+    say(f"\nPicked: trial {pick['number']} (fewest held-out refusals, then least KL)", "bold")
+    rows = []
+    for role, title in (
+        ("search", "search"),
+        ("heldout", "held-out"),
+        ("over_refusal", "look-alikes"),
+    ):
+        before, after = found["baseline"].get(role), pick.get(role)
+        if before or after:
+            kl = after or {}
+            rows.append(
+                (
+                    title,
+                    ratio(before),
+                    ratio(after),
+                    number(kl.get("kl_first")),
+                    number(kl.get("kl_multi")),
+                )
+            )
+    table(
+        ("prompts", "refusals before", "refusals after", "#KL first token", "#KL multi"),
+        rows,
+        console=err,
+    )
+    say("(95 % Wilson intervals in brackets; KL in nats, on prompts that are answered)")
+    for sample in found["samples"]:
+        say(f"\n{plain(sample['prompt'])}", "bold")
+        say(f"  before: {plain(sample['before'], 300)}")
+        say(f"  after:  {plain(sample['after'], 300)}")
+    say("")
+    for each in found["artifacts"]:
+        say(f"{each['kind']}: {each['path']}")
+    spent = ", ".join(f"{phase} {duration(seconds)}" for phase, seconds in found["seconds"].items())
+    say(f"time: {spent}")
+    say(f"page: {found['page']}")
