@@ -1,11 +1,12 @@
 """`nullspace demo`: the whole job on the demo model, from nothing to a downloaded model.
 
-The demo model is small and refuses a harmless toy list of verbs ("fold", ...), so the whole way
+The demo model is small and refuses a harmless toy list of verbs ("polish", ...), so the whole way
 can be seen in minutes on a CPU, with nothing fetched from anywhere.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -15,7 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from nullspace import one_job, up
-from nullspace.client import Json
+from nullspace.client import Client, Json
 from nullspace.terminal import (
     FRONT,
     dump,
@@ -100,6 +101,7 @@ def _conduct(running: up.Service, trials: int, watch: one_job.Stopwatch) -> Json
         client.pick(identity, pick["number"])
         with watch.phase("answers"):
             samples = one_job.answers(client, identity, pick["number"])
+            restored = _restored(client, identity, pick["number"])
         say(f"exporting trial {pick['number']}")
         files = one_job.fetch(
             client,
@@ -118,10 +120,26 @@ def _conduct(running: up.Service, trials: int, watch: one_job.Stopwatch) -> Json
         "baseline": {role: _scores(scores) for role, scores in job["baseline"].items()},
         "front": [_point(trial) for trial in front],
         "pick": _point(pick),
+        "restored": restored,
         "artifacts": files,
         "seconds": watch.seconds,
         "samples": samples,
     }
+
+
+def _restored(client: Client, job: str, number: int) -> Json:
+    """{"same", "of"}: held-out prompts that were refused and are now answered word for word as the
+    model was taught before it learnt to refuse."""
+    from demo import prompt_file
+
+    taught = {}
+    for line in prompt_file("expected").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        taught[row["prompt"]] = row["answer"].strip()
+    rows = client.trial(job, number)["responses"].get("heldout", [])
+    refused = [row for row in rows if row["original_refused"]]
+    same = sum(row["text"].strip() == taught.get(row["prompt"]) for row in refused)
+    return {"same": same, "of": len(refused)}
 
 
 def _scores(scores: Json | None) -> Json | None:
@@ -149,7 +167,10 @@ def _tell(found: Json) -> None:
     say("\nPareto front (fewer refusals, less change)", "bold")
     table(FRONT, front_rows(found["front"]), console=err)
     pick = found["pick"]
-    say(f"\nPicked: trial {pick['number']} (fewest held-out refusals, then least KL)", "bold")
+    say(
+        f"\nPicked: trial {pick['number']} (least KL, at most 2 % above the fewest refusals)",
+        "bold",
+    )
     rows = []
     for role, title in (
         ("search", "search"),
@@ -174,6 +195,11 @@ def _tell(found: Json) -> None:
         console=err,
     )
     say("(95 % Wilson intervals in brackets; KL in nats, on prompts that are answered)")
+    restored = found["restored"]
+    say(
+        f"{restored['same']} of {restored['of']} held-out requests that were refused now get, word "
+        "for word, the answer that the model was taught before it learnt to refuse"
+    )
     for sample in found["samples"]:
         say(f"\n{plain(sample['prompt'])}", "bold")
         say(f"  before: {plain(sample['before'], 300)}")

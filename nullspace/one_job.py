@@ -12,6 +12,7 @@ from nullspace.client import Client, Event, Json
 from nullspace.watch import Sink, follow
 
 EVALUATING = ("evaluate", "running")
+TOLERANCE = 0.02 + 1e-9  # of the refusal rate; see `best`
 
 
 @dataclass
@@ -59,17 +60,24 @@ def search(client: Client, spec: Json, view: Sink, watch: Stopwatch) -> Json:
 
 
 def best(front: list[Json]) -> Json:
-    """The rule of `--pick best`: fewest held-out refusals, then least held-out first-token KL.
+    """The rule of `--pick best`: least first-token KL among the trials that refuse hardly more.
 
-    Held-out figures, because those of the search were what the search optimised. Trials without
-    them are compared by their search figures.
+    "Hardly": at most TOLERANCE above the front's lowest held-out refusal rate, a difference far
+    inside the interval of a hundred prompts. Held-out figures, because those of the search were
+    what the search optimised; trials without them are compared by their search figures.
     """
-    return min(front, key=_rank)
+    rates = {trial["number"]: _figures(trial)[0] for trial in front}
+    allowed = min(rates.values()) + TOLERANCE
+    return min(
+        (trial for trial in front if rates[trial["number"]] <= allowed),
+        key=lambda trial: (_figures(trial)[1], trial["number"]),
+    )
 
 
-def _rank(trial: Json) -> tuple[float, float, int]:
+def _figures(trial: Json) -> tuple[float, float]:
+    """(refusal rate, first-token KL) on held-out prompts, or on those of the search."""
     scores = trial.get("heldout") or trial["search"]
-    return scores["refusals"] / scores["total"], scores["kl_first"] or 0.0, trial["number"]
+    return scores["refusals"] / scores["total"], scores["kl_first"] or 0.0
 
 
 def fetch(

@@ -160,7 +160,7 @@ def test_rows_must_fit() -> None:
 def test_quantised_weights(mode: EditMode, family: str, save: Save) -> None:
     """nf4: the twin holds the dequantised weights in plain linear layers, writers replaced."""
     folder = save(family, hidden_size=64, intermediate_size=128, head_dim=16)
-    loaded = load(request(folder, quantization="bnb_4bit"), Silent())
+    loaded = load(request(folder, quantization="bnb_4bit", dtype="float32"), Silent())
     anatomy = survey(loaded.model)
     directions = random_directions(anatomy.layers, anatomy.hidden)
     twin = plain_twin(folder, loaded.model)

@@ -112,6 +112,7 @@ def running(
 def test_from_sign_in_to_a_job(open_page: Open, sets: tuple[str, str], width: int) -> None:
     page = open_page(width)
     page.get_by_role("link", name="New job").click()
+    page.wait_for_url("**/jobs/new*")
     fits(page)
     # the browser's own constraints, shown beside the field
     model = page.get_by_label("Model", exact=True)
