@@ -4,6 +4,7 @@
 # Needs nothing but Python 3.10 or later with venv. PYTHON names another interpreter.
 set -eu
 cd "$(dirname "$0")"
+exec >&2 # standard output belongs to the command that this prepares
 
 VENV=${VENV:-.venv}
 EXTRAS=${1:-worker,embedded}
