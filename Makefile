@@ -33,7 +33,8 @@ format: setup-dev ## put the style right
 	$(BIN)/ruff format .
 
 bench: setup-dev ## the measurements of bench/
-	@for script in bench/*.py; do [ -e "$$script" ] || continue; echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+	@for name in $(basename $(notdir $(filter-out bench/__init__.py,$(wildcard bench/*.py)))); do \
+		echo "bench.$$name"; $(BIN)/python -m bench.$$name || exit 1; done
 
 clean: ## remove what make made (not your data)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -17,7 +17,7 @@ import httpx
 from playwright.sync_api import Browser, sync_playwright
 
 HERE = Path(__file__).parent
-WIDTHS = {"phone": (390, 844), "desktop": (1440, 900)}
+SIZES = {"phone": (390, 1700), "desktop": (1440, 1330)}
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 
 
@@ -33,7 +33,7 @@ def best_trial(url: str, token: str, job: str) -> int:
 
 def take(browser: Browser, url: str, token: str, pages: dict[str, str], scheme: str) -> None:
     """One picture of each page at each width; the colour scheme is `light` or `dark`."""
-    for label, (width, height) in WIDTHS.items():
+    for label, (width, height) in SIZES.items():
         context = browser.new_context(
             viewport={"width": width, "height": height},
             color_scheme="dark" if scheme == "dark" else "light",
@@ -48,10 +48,7 @@ def take(browser: Browser, url: str, token: str, pages: dict[str, str], scheme: 
             page.goto(url + path)
             page.wait_for_load_state("load")
             suffix = "-dark" if scheme == "dark" else ""
-            full = label == "phone"
-            page.screenshot(
-                path=HERE / f"{name}-{label}{suffix}.png", full_page=full and height > 0
-            )
+            page.screenshot(path=HERE / f"{name}-{label}{suffix}.png")
         context.close()
 
 

@@ -49,7 +49,7 @@ def view(row: Artifact) -> ArtifactView:
     """A row of the table `artifacts`."""
     measured = {role: scores.score((row.measured or {}).get(role)) for role in scores.ROLES}
     label = KINDS.get(row.kind, row.kind)
-    if row.rank is not None and row.kind != "merged":
+    if row.rank is not None and row.kind == "lora":
         label += f", rank {row.rank}"
     return ArtifactView(
         id=str(row.id),

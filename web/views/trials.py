@@ -123,7 +123,7 @@ HEADINGS = (
     ("refusals", "Refused", "", False),
     ("heldout", "Held-out", "", False),
     ("kl", "KL", "first token", False),
-    ("kl_multi", "KL", "answer", True),
+    ("kl_multi", "KL", "several tokens", True),
     ("seconds", "Time", "", True),
 )
 
