@@ -79,7 +79,8 @@ class Directions:
 def measure(harmful: Tensor, harmless: Tensor) -> Directions:
     """Directions from last-token residuals (N, L+1, d) of both sides; means in float64.
 
-    Raises `bad_prompts` where the states hold NaN or the two means coincide on every layer.
+    Raises `bad_prompts` where the two means coincide after any block, and `engine_failed`
+    where the states hold NaN.
     """
     bad = harmful.mean(dim=0, dtype=torch.float64)
     good = harmless.mean(dim=0, dtype=torch.float64)

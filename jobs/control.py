@@ -10,7 +10,6 @@ from sqlalchemy.orm import Session
 from jobs import audit, events, lifecycle, submit, trials
 from jobs.problems import Conflict, Forbidden, Invalid, NotFound
 from jobs.settings import Settings
-from jobs.spec.job import JobSpec
 from jobs.states import Desired
 from jobs.tables import Job, Trial, User
 
@@ -89,6 +88,7 @@ def resume(session: Session, user: User, job: Job, settings: Settings | None = N
         if task.state == "failed":
             task.crashes, task.error = 0, None
             lifecycle.move(session, task, "ready")
+    lifecycle.want_searchers(session, job)  # it may have been given more trials meanwhile
     lifecycle.settle(session, job)
     audit.record(session, user.id, "job.resume", job.id)
     return job
@@ -123,12 +123,17 @@ def amend(
     priority: int | None = None,
     parallelism: int | None = None,
     name: str | None = None,
+    settings: Settings | None = None,
 ) -> Job:
     """Change a job's budget, priority, parallelism or name. More trials restart a completed job.
 
-    Invalid names the field. Trials cannot go below the slots already given out.
+    Invalid names the field. Trials cannot go below the slots already given out. With `settings`,
+    the operator's limits hold as for a submit.
     """
     require_editable(user, job)
+    if settings is not None:
+        owner = session.get_one(User, job.owner_id)
+        submit.lock_user(session, owner)
     job = lifecycle.lock(session, job.id)
     changes = {
         field: value
@@ -145,6 +150,10 @@ def amend(
     if job.state == "cancelled" or job.desired_state == "cancel":
         raise Conflict(f"A job that is {_shown(job)} cannot be changed.")
     _check(session, job, trials, priority, parallelism, name)
+    if settings is not None and trials is not None:
+        submit.require_trials(trials, settings)
+        if job.state == "completed":
+            submit.require_quota(session, owner, settings)
     for field, value in changes.items():
         setattr(job, field, value)
     events.append(session, job.id, "job", {"state": job.state, "changed": changes})
@@ -198,11 +207,6 @@ def pick(session: Session, user: User, job: Job, number: int, picked: bool = Tru
         audit.record(session, user.id, "trial.pick", job.id, number=number, picked=picked)
     session.flush()
     return trial
-
-
-def spec_of(job: Job) -> JobSpec:
-    """The specification as it was submitted."""
-    return JobSpec.model_validate(job.spec)
 
 
 def _shown(job: Job) -> str:

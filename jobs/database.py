@@ -8,6 +8,16 @@ from sqlalchemy.orm import Session, sessionmaker
 
 Sessions = sessionmaker[Session]
 
+# A server that vanished without a word is noticed within half a minute, in the middle of a
+# statement too: a worker that waits longer holds a GPU for a lease that is over.
+ALIVE = {
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 25_000,  # milliseconds
+}
+
 
 def normal_url(url: str) -> str:
     """`url` with the psycopg driver named, as SQLAlchemy wants it."""
@@ -41,7 +51,7 @@ def connect(url: str, *, pool_size: int = 5) -> Engine:
         pool_pre_ping=True,
         pool_size=pool_size,
         max_overflow=10,
-        connect_args={"connect_timeout": 5},
+        connect_args={"connect_timeout": 5, **ALIVE},
     )
 
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -224,11 +224,6 @@ def ensure_builtin(session: Session) -> None:
             )
         )
     session.flush()
-
-
-def count_sets(session: Session) -> int:
-    """How many sets there are."""
-    return session.execute(select(func.count()).select_from(PromptSet)).scalar_one()
 
 
 def texts(session: Session, prompts: Prompts) -> PromptTexts:

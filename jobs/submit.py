@@ -42,8 +42,7 @@ def submit(
     known = _known(session, user, idempotency_key)
     if known is not None:
         return known, False
-    if spec.trials > settings.max_trials:
-        raise Invalid(f"At most {settings.max_trials} trials are allowed here.", field="trials")
+    require_trials(spec.trials, settings)
     require_space(settings)
     commit = models.check(spec.model, spec.revision, settings)
     texts = prompts.texts(session, spec.prompts)
@@ -91,6 +90,12 @@ def _known(session: Session, user: User, key: str | None) -> Job | None:
 def lock_user(session: Session, user: User) -> None:
     """Make the user's submits wait for one another, so that none counts past another."""
     session.execute(select(User.id).where(User.id == user.id).with_for_update(key_share=True))
+
+
+def require_trials(trials: int, settings: Settings) -> None:
+    """Invalid when a budget is over the operator's limit."""
+    if trials > settings.max_trials:
+        raise Invalid(f"At most {settings.max_trials} trials are allowed here.", field="trials")
 
 
 def require_quota(session: Session, user: User, settings: Settings) -> None:

@@ -81,7 +81,7 @@ class EngineProcess:
         os.set_blocking(self._answers, False)
         self.log = log
         env = environment(gpu)
-        self._secrets = [env[name].encode() for name in SECRET if env.get(name)]
+        self._secrets = [env[name].strip().encode() for name in SECRET if env.get(name, "").strip()]
         pipe_arguments = ["--read", str(requests_read), "--write", str(answers_write)]
         try:
             self._process = subprocess.Popen(
@@ -105,6 +105,11 @@ class EngineProcess:
         self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
         self._pump = threading.Thread(target=self._pump_output, name="engine-output", daemon=True)
         self._pump.start()
+
+    @property
+    def usable(self) -> bool:
+        """Whether it may be asked again: not ended, and not struck."""
+        return self.alive and not self._struck
 
     @property
     def pid(self) -> int:
@@ -182,7 +187,8 @@ class EngineProcess:
     def _send(self, request: Request) -> int:
         self._next += 1
         line = Envelope(id=self._next, request=request).model_dump_json().encode() + b"\n"
-        self._outgoing = memoryview(line)
+        # a stop may come while the request before it is still being written
+        self._outgoing = memoryview(bytes(self._outgoing) + line)
         return self._next
 
     def _listen(
@@ -218,7 +224,7 @@ class EngineProcess:
         *lines, self._pending = (self._pending + chunk).split(b"\n")
         for line in lines:
             try:
-                yield answers.validate_json(line)
+                yield answers.validate_json(self._redacted(line))
             except ValidationError as fault:
                 raise EngineError(
                     "engine_failed",
@@ -226,6 +232,12 @@ class EngineProcess:
                     "Engine and worker must be of the same version.",
                     str(fault),
                 ) from fault
+
+    def _redacted(self, line: bytes) -> bytes:
+        """`line` without the secrets: a library's error may quote the header that it sent."""
+        for secret in self._secrets:
+            line = line.replace(secret, b"***")
+        return line
 
     def _note(self, answer: Log) -> None:
         if self.log is not None:
@@ -245,8 +257,7 @@ class EngineProcess:
         assert output is not None
         with output:
             for line in iter(lambda: output.readline(65536), b""):
-                for secret in self._secrets:
-                    line = line.replace(secret, b"***")
+                line = self._redacted(line)
                 self.last_lines.append(line.decode(errors="replace").rstrip())
                 if self.log is not None:
                     self.log.raw(line)

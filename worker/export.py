@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from jobs import artifacts, trials
+from jobs import artifacts, lifecycle, trials
 from jobs.spec.candidate import Candidate
 from jobs.spec.protocol import Export, Exported, Prepared
 from jobs.spec.scores import Scores
@@ -75,7 +75,7 @@ def card(run: Run, prepared: Prepared, trial: Trial) -> dict[str, Any]:
         "max_new_tokens": run.spec.max_new_tokens,
         "job": str(run.job.id),
         "trial": trial.number,
-        "trials": run.job.trials,
+        "trials": run.lease.write(lambda session: lifecycle.completed(session, run.job.id)),
         "seed": run.spec.seed,
         "candidate": trial.candidate,
         "baseline": {role: _with_interval(value) for role, value in prepared.baseline.items()},

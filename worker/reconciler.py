@@ -62,12 +62,14 @@ class Reconciler:
         self._thread.start()
 
     def stop(self) -> None:
-        """Wait for the pass that runs, say goodbye, close the connections."""
+        """Wait for the pass that runs, say goodbye, close the connections. Also before `start`."""
         self._over.set()
-        self._thread.join(timeout=15)
+        if self._thread.is_alive():
+            self._thread.join(timeout=15)
         with suppress(Exception), self._sessions.begin() as session:
             workers.stop(session, self._worker_id)
         self._doorbell.close()
+        self._redis.close()
         self._database.dispose()
 
     def _loop(self) -> None:

@@ -42,7 +42,7 @@ class Run:
         self.spec = JobSpec.model_validate(claim.job.spec)
         self._reported_at = 0.0
         self._phase = ""
-        self.searched = 0  # complete trials when last counted
+        self.searched, self.budget = 0, claim.job.trials  # as last counted
 
     def write(self, act: Callable[[Session], T], on_outage: Callable[[], None] | None = None) -> T:
         """A transaction that outlasts an outage, and a nudge for the live pages after it."""

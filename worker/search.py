@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from jobs import trials
 from jobs.spec.candidate import Candidate, single_pass
 from jobs.spec.protocol import Prepared, Progress, Score, Scored, ScoredBatch
+from jobs.tables import Job
 from jobs.trials import Slot
 from worker import spool
 from worker.run import Run
@@ -147,7 +148,12 @@ def _shown(value: float | None) -> str:
 def _report(run: Run, inner: Progress | None = None) -> None:
     """ "searching k/n", with what the engine is at inside the present batch."""
     if inner is None:
-        counted = run.lease.write(lambda session: trials.counts(session, run.job.id))
-        run.searched = counted["complete"]
+        run.searched, run.budget = run.lease.write(partial(_counted, run))
     text = f"{inner.phase} {inner.done:g}/{inner.total:g}" if inner is not None else ""
-    run.progress("searching", run.searched, run.job.trials, text)
+    run.progress("searching", run.searched, run.budget, text)
+
+
+def _counted(run: Run, session: Session) -> tuple[int, int]:
+    """Complete trials, and how many there will be: more may have been asked for meanwhile."""
+    job = session.get_one(Job, run.job.id)
+    return trials.counts(session, job.id)["complete"], job.trials

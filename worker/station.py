@@ -52,10 +52,11 @@ class Station:
 
     def engine_for(self, request: Prepare, task_log: TaskLog) -> tuple[EngineProcess, bool]:
         """An engine, and whether it is prepared for `request` already."""
-        if self.engine is not None and self.engine.alive:
-            if self.prepared is not None and request in self.prepared[0]:
-                self.engine.log = task_log
-                return self.engine, True
+        engine = self.engine
+        if engine is not None:
+            if engine.usable and self.prepared is not None and request in self.prepared[0]:
+                engine.log = task_log
+                return engine, True
             self.stop_engine()  # another model: its memory must be free before the next loads
         self.prepared = None
         self.engine = EngineProcess(self.own.engine_command, task_log, gpu=self.settings.gpu)

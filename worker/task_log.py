@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import datetime as dt
+import logging
 import threading
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 
 class TaskLog:
@@ -12,11 +17,17 @@ class TaskLog:
 
     log.line("info", "text")   # 2026-01-31T12:00:00Z info text
     log.raw(b"...")            # what a library printed, as it is
+
+    A full disk, or a folder that cannot be written, loses log lines and nothing else.
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab", buffering=0)
+        self._file: FileIO | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = path.open("ab", buffering=0)
+        except OSError as error:
+            log.warning("no log is kept: %s", error)
         self._lock = threading.Lock()
 
     def line(self, level: str, text: str) -> None:
@@ -25,15 +36,15 @@ class TaskLog:
         self.raw(f"{now} {level} {text}\n".encode(errors="replace"))
 
     def raw(self, data: bytes) -> None:
-        """Bytes as they are. A full disk loses log lines and nothing else."""
+        """Bytes as they are."""
         with self._lock:
-            if not self._file.closed:
-                try:
+            if self._file is not None:
+                with suppress(OSError):
                     self._file.write(data)
-                except OSError:
-                    return
 
     def close(self) -> None:
         """Later lines are dropped."""
         with self._lock:
-            self._file.close()
+            if self._file is not None:
+                self._file.close()
+                self._file = None

@@ -1,12 +1,13 @@
 """Delivers the messages that jobs.webhooks wrote (signatures: standardwebhooks.com).
 
 A webhook's address comes from a user and is hostile: it is resolved once, private and special
-ranges are refused, the connection goes to the address that was checked (no DNS rebinding), and
-redirects are not followed.
+ranges are refused, the connection goes to the address that was checked (no DNS rebinding),
+redirects are not followed, and the whole exchange has an end.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import datetime as dt
 import hashlib
@@ -14,7 +15,6 @@ import hmac
 import ipaddress
 import json
 import socket
-import ssl
 import time
 from urllib.parse import urlsplit
 
@@ -31,7 +31,7 @@ FIRST_RETRY_SECONDS = 30.0
 
 
 class Refused(Exception):
-    """The address may not be called."""
+    """The address may not be called, or does not answer in time."""
 
 
 def deliver(session: Session) -> bool:
@@ -43,7 +43,8 @@ def deliver(session: Session) -> bool:
         try:
             delivery.status = post(hook.url, hook.secret, delivery)
             delivery.error = "" if delivery.status < 300 else f"answered {delivery.status}"
-        except (Refused, httpx.HTTPError, ssl.SSLError, OSError) as error:
+        except (Refused, httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
+            # ValueError: a host name that IDNA cannot encode
             delivery.status, delivery.error = None, f"{type(error).__name__}: {error}"[:500]
         _note(delivery)
     return bool(due)
@@ -90,11 +91,35 @@ def post(url: str, secret: str, delivery: WebhookDelivery) -> int:
     target = f"https://{bracketed}:{port}{parts.path or '/'}"
     if parts.query:
         target += f"?{parts.query}"
-    with httpx.Client(timeout=TIMEOUT_SECONDS, follow_redirects=False, trust_env=False) as client:
-        answer = client.post(
-            target, content=body, headers=headers, extensions={"sni_hostname": parts.hostname}
-        )
-    return answer.status_code
+    return send(target, body, headers, parts.hostname)
+
+
+def send(
+    target: str, body: bytes, headers: dict[str, str], name: str, seconds: float = TIMEOUT_SECONDS
+) -> int:
+    """POST `body` to `target`, whose certificate must be for `name`: the status of the answer.
+
+    A time-out of httpx begins anew with every byte, so a receiver that drips could hold the
+    reconciler for ever: `seconds` bounds the whole exchange, and of the answer only the head is
+    read. Refused when it takes longer.
+    """
+
+    async def exchange() -> int:
+        async with (
+            httpx.AsyncClient(timeout=seconds, follow_redirects=False, trust_env=False) as client,
+            client.stream(
+                "POST", target, content=body, headers=headers, extensions={"sni_hostname": name}
+            ) as answer,
+        ):
+            return answer.status_code
+
+    async def bounded() -> int:
+        return await asyncio.wait_for(exchange(), seconds)
+
+    try:
+        return asyncio.run(bounded())
+    except asyncio.TimeoutError:
+        raise Refused(f"no answer within {seconds:g} s") from None
 
 
 def _note(delivery: WebhookDelivery) -> None:

@@ -173,7 +173,7 @@ def change_job(who: Writer, job_id: uuid.UUID, change: JobChange) -> JobView:
         )
 
     def amend(session: Session, user: User, job: Job) -> Job:
-        return control.amend(session, user, job, **wanted)
+        return control.amend(session, user, job, **wanted, settings=who.settings)
 
     return _changed(who, job_id, amend)
 

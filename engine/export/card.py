@@ -36,7 +36,7 @@ COLUMNS = (("baseline", "original"), ("scores", "edited, searched"), ("measured"
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card says besides `Export.card`."""
+    """What the card says besides `Export.card`. `commit` is None for a model that is no hub's."""
 
     base: str
     commit: str | None
@@ -56,7 +56,7 @@ def render(card: dict[str, Any], facts: CardFacts) -> str:
         f"# {_text(base.split('/')[-1])}, abliterated",
         f"This is [{_text(base)}](https://huggingface.co/{base}) with its refusal behaviour "
         "removed by directional ablation (Arditi et al. 2024, arXiv 2406.11717)."
-        if "/" in base
+        if facts.commit
         else f"This is {_text(base)} with its refusal behaviour removed by directional ablation "
         "(Arditi et al. 2024, arXiv 2406.11717).",
         _what(facts),
@@ -197,19 +197,20 @@ def _use(base: str, facts: CardFacts) -> str:
         "skip_special_tokens=True))"
     )
     load = 'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")'
-    tokens, head = "PATH", "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    tokens, head = '"PATH"', "from transformers import AutoModelForCausalLM, AutoTokenizer"
     if facts.adapter is not None:
-        tokens = base
+        # the adapter belongs to these very weights, not to what the hub has tomorrow
+        pinned = f"{json.dumps(base)}, revision={json.dumps(facts.commit)}"
+        tokens = pinned if facts.commit else '"BASE"'
         head = f"from peft import PeftModel\n{head}"
         load = (
-            f'base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}, dtype="auto")\n'
+            f'base = AutoModelForCausalLM.from_pretrained({tokens}, dtype="auto")\n'
             'model = PeftModel.from_pretrained(base, "PATH")'
         )
-    code = (
-        f"{head}\n\n{load}\ntokenizer = AutoTokenizer.from_pretrained({json.dumps(tokens)})\n"
-        f"{prompt}\n{run}"
-    )
+    code = f"{head}\n\n{load}\ntokenizer = AutoTokenizer.from_pretrained({tokens})\n{prompt}\n{run}"
     more = "`PATH` is this folder or its name on the hub."
+    if facts.adapter is not None and not facts.commit:
+        more += f" `BASE` is the folder of the base model, {_text(base)}."
     if facts.adapter is not None and facts.adapter.dora:
         more += (
             " DoRA recomputes a norm at every step: call `model = model.merge_and_unload()` before "

@@ -25,6 +25,8 @@ from engine.anatomy import Anatomy, survey
 from engine.directions import Directions
 from engine.edit import EditBuilder, formula
 from engine.errors import EngineError
+from engine.export.adapter import Adapter
+from engine.export.card import CardFacts, render
 from engine.export.folder import Folder
 from engine.load import Loaded, load
 from engine.patch import Patch
@@ -267,6 +269,22 @@ def test_sums_card_and_file_list(llama: Case, tmp_path: Path) -> None:
     assert "3/100 (1.0–8.5 %)" in body and "4/100" in body and "97/100" in body
     assert "0.012" in body and "0.013" in body and "\n# no heading" not in body
     assert '"index": 1.5' in body and "| trial | 12 |" in body
+
+
+@pytest.mark.parametrize("commit", ["c0ffee", None])
+def test_the_card_names_the_base_that_the_adapter_belongs_to(commit: str | None) -> None:
+    """A model of the operator's folder is not on the hub, whatever its name looks like."""
+    adapter = Adapter(dora=True, rank=1, worst_error=0.0, mean_error=0.0)
+    facts = CardFacts(
+        "owner/tiny", commit, "adapter", candidate("full"), "none", "float32", {}, adapter
+    )
+    text = render({}, facts)
+    code = text.split("```python\n")[1].split("```")[0]
+    assert ("https://huggingface.co/owner/tiny" in text) is (commit is not None)
+    base = '"owner/tiny", revision="c0ffee"' if commit else '"BASE"'
+    assert f'AutoModelForCausalLM.from_pretrained({base}, dtype="auto")' in code
+    assert f"AutoTokenizer.from_pretrained({base})" in code
+    assert ("`BASE` is the folder of the base model, owner/tiny." in text) is (commit is None)
 
 
 def test_the_card_s_program_runs(llama: Case, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from sqlalchemy import select, text, update
 
 from jobs import artifacts, control, lifecycle, progress, queue, trials, workers
 from jobs.database import Sessions
-from jobs.problems import LeaseLost
+from jobs.problems import Invalid, LeaseLost, TooMany
 from jobs.settings import Settings
 from jobs.spec.protocol import AnatomyReport, Exported, Prepared
 from jobs.tables import Job, Task, User, Worker
@@ -412,8 +412,15 @@ def test_a_search_ends_in_one_evaluation_and_then_completes(
     assert claim(sessions, worker, farm) is None
     job = release(sessions, evaluation, "done")
     assert job.state == "completed" and job.finished_at is not None
+    tight = farm.model_copy(update={"max_running": 1, "max_trials": 8})
     with sessions.begin() as session:
-        job = control.amend(session, owner, job, trials=7)
+        with pytest.raises(Invalid, match="At most 8"):
+            control.amend(session, owner, job, trials=9, settings=tight)
+        other = add_job(session, owner, farm)
+        with pytest.raises(TooMany):
+            control.amend(session, owner, job, trials=7, settings=tight)
+        control.cancel(session, owner, other)
+        job = control.amend(session, owner, job, trials=7, settings=tight)
         assert job.state == "queued" and job.finished_at is None
     again = must_claim(sessions, worker, farm)
     assert again.task.kind == "search"
@@ -477,6 +484,31 @@ def test_other_failures_fail_the_job_and_resume_revives_it(
         assert len(queue.claimable_of(session, job.id)) == 2
     third = must_claim(sessions, worker, farm)
     assert third.task.crashes == 0
+
+
+def test_trials_added_to_a_failed_job_are_searched_after_its_resume(
+    sessions: Sessions, owner: User, farm: Settings, worker: Worker
+) -> None:
+    """The evaluation failed, so no search task is open: without one the budget is not met."""
+    with sessions.begin() as session:
+        job = add_job(session, owner, farm, trials=3)
+    held = must_claim(sessions, worker, farm)
+    fill(sessions, held)
+    release(sessions, held, "done")
+    error = {"reason": "engine_died", "message": "Killed by signal 9.", "mend": ""}
+    assert release(sessions, must_claim(sessions, worker, farm), "failed", error).state == "failed"
+    with sessions.begin() as session:
+        control.amend(session, owner, job, trials=5)
+        assert control.resume(session, owner, job).state == "queued"
+    held = must_claim(sessions, worker, farm)
+    assert held.task.kind == "search"
+    fill(sessions, held)
+    release(sessions, held, "done")
+    evaluation = must_claim(sessions, worker, farm)
+    assert evaluation.task.payload["generation"] == 5
+    assert release(sessions, evaluation, "done").state == "completed"
+    with sessions.begin() as session:
+        assert trials.counts(session, job.id)["complete"] == 5
 
 
 def test_waiting_reasons(sessions: Sessions, owner: User, farm: Settings) -> None:

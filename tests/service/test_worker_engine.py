@@ -8,16 +8,31 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from jobs.settings import Settings
 from jobs.spec.candidate import single_pass
-from jobs.spec.protocol import Partial, Prepare, Prepared, PromptTexts, Result, Score, ScoredBatch
+from jobs.spec.protocol import (
+    Log,
+    Partial,
+    Prepare,
+    Prepared,
+    PromptTexts,
+    Result,
+    Score,
+    ScoredBatch,
+)
+from jobs.tables import Worker
 from tests.service.processes import ROOT, fake_engine, live_engines, wait_until
 from worker.engine_process import EngineProcess, environment
 from worker.problems import EngineDied, EngineError, Interrupted
+from worker.settings import WorkerSettings
+from worker.station import Station
 from worker.task_log import TaskLog
 
 TEXTS = PromptTexts(
@@ -144,6 +159,18 @@ def test_output_goes_to_the_log_without_the_token(
     assert "the token is ***" in written and "hf_canary" not in written
 
 
+def test_messages_of_the_protocol_come_without_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A library's error may quote the header that it sent; a file's token ends in a newline."""
+    monkeypatch.setenv("HF_TOKEN", "hf_canary123\n")
+    engine = EngineProcess(fake_engine(tmp_path))
+    line = b'{"type": "log", "text": "Illegal header value Bearer hf_canary123"}\n'
+    [told] = engine._parse(line)
+    assert isinstance(told, Log) and told.text == "Illegal header value Bearer ***"
+    engine.kill()
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PDEATHSIG is Linux's")
 def test_the_engine_dies_with_its_starter(tmp_path: Path) -> None:
     """Also when it listens to nothing: this one never reads its pipe."""
@@ -160,3 +187,46 @@ def test_the_engine_dies_with_its_starter(tmp_path: Path) -> None:
     starter.send_signal(signal.SIGKILL)
     starter.wait()
     wait_until(lambda: not psutil.pid_exists(pid), 5, "it died too")
+
+
+def test_a_stop_does_not_cut_a_request_in_two(tmp_path: Path) -> None:
+    """A pause may come while a large request is still being written: both must arrive whole."""
+
+    def paused() -> None:
+        raise Interrupted("pause")
+
+    engine = EngineProcess(fake_engine(tmp_path))
+    many = TEXTS.model_copy(update={"search_harmful": ["x" * 1000] * 3000})
+    with pytest.raises(Interrupted):
+        for _ in engine.request(PREPARE.model_copy(update={"prompts": many}), paused):
+            pass
+    engine.end(30)
+    assert engine._process.returncode == 0, "it understood the stop"
+    assert not live_engines(tmp_path)
+
+
+def test_a_full_disk_loses_the_log_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "logs").touch()  # no folder can be made there
+    log = TaskLog(tmp_path / "logs" / "task.log")
+    log.line("info", "lost")
+    log.close()
+
+
+def test_a_struck_engine_is_not_used_again(
+    tmp_path: Path, make_settings: Callable[..., Settings]
+) -> None:
+    """The last beat of a task may find its lease just released, and strike the warm engine."""
+    own = WorkerSettings(engine_command=fake_engine(tmp_path))
+    worker = Worker(id=uuid.uuid4(), name="w", accepts=[], device={})
+    station = Station.open(make_settings(), own, worker)
+    log = TaskLog(tmp_path / "task.log")
+    first, _ = station.engine_for(PREPARE, log)
+    station.note_prepared(PREPARE, Prepared.model_validate(last(first, PREPARE).value))
+    assert station.engine_for(PREPARE, log) == (first, True)
+    station.strike_engine()
+    second, ready = station.engine_for(PREPARE, log)
+    assert (second is first, ready) == (False, False)
+    assert not first.alive
+    last(second, PREPARE)
+    station.close()
+    log.close()

@@ -10,18 +10,28 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from jobs import control, queue, workers
+from jobs import control, queue, trials, workers
 from jobs.database import Sessions
 from jobs.queue import Claim
 from jobs.settings import Settings
 from jobs.spec.candidate import single_pass
-from jobs.spec.protocol import Scored
+from jobs.spec.protocol import AnatomyReport, Prepared, Scored
 from jobs.spec.scores import Scores
-from jobs.tables import Job, Task, User
+from jobs.tables import Job, Task, User, Worker
 from tests.service.processes import make_model, make_owner, submit_job, wait_until
-from worker import spool
+from worker import export, search, spool
 from worker.lease import Lease
 from worker.problems import Interrupted
+from worker.run import Run
+from worker.settings import WorkerSettings
+from worker.station import Station
+from worker.task_log import TaskLog
+
+PREPARED = Prepared(
+    anatomy=AnatomyReport(architecture="Fake", layers=8, hidden=8, writers=[], coverage=1.0),
+    device="cpu", device_name="none", dtype="float32", quantization="none", weight_bytes=1,
+    source_bytes=1, batch_size=1, baseline={}, baseline_outcomes={},
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -140,3 +150,32 @@ def test_spooled_scores_are_of_exactly_one_candidate(tmp_path: Path, claim: Clai
     spool.drop(tmp_path, claim.job.id, 3)
     assert spool.take(tmp_path, claim.job.id, 3, mine) is None
     assert list(tmp_path.glob("*.json")) == []
+
+
+def test_what_a_run_says_follows_an_amended_budget(
+    sessions: Sessions, quick: Settings, claim: Claim, tmp_path: Path
+) -> None:
+    """More trials are given while the search runs; a card counts those that were scored."""
+    log = TaskLog(tmp_path / "task.log")
+    station = Station.open(quick, WorkerSettings(), Worker(name="w", accepts=[], device={}))
+    with Lease(sessions, claim, quick, time.monotonic(), lambda: False) as lease:
+        run = Run(station, claim, lease, log)
+        with sessions.begin() as session:
+            job = session.get_one(Job, claim.job.id)
+            control.amend(session, session.get_one(User, job.owner_id), job, trials=7)
+            [slot] = trials.reserve(session, claim.task, claim.token, 1)
+            candidate = single_pass(8)
+            trials.begin(
+                session, claim.task, claim.token, slot.number, candidate, {}, "single_pass", None
+            )
+            scores = Scores(role="search", refusals=1, total=4, kl_first=0.5, kl_multi=0.5)
+            done = Scored(scores=scores, outcomes=[])
+            trials.complete(session, claim.task, claim.token, slot.number, done)
+        search._report(run)
+        with sessions.begin() as session:
+            progress = session.get_one(Job, claim.job.id).progress
+            assert (progress["done"], progress["total"]) == (1, 7)
+            row = trials.get(session, claim.job.id, slot.number)
+        assert export.card(run, PREPARED, row)["trials"] == 1
+    station.close()
+    log.close()

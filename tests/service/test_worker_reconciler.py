@@ -7,6 +7,8 @@ import datetime as dt
 import hashlib
 import hmac
 import os
+import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -25,7 +27,7 @@ from worker import inventory
 from worker.celery_app import accepted
 from worker.files import prune
 from worker.reconciler import LOCK, Reconciler
-from worker.webhooks import Refused, checked_address, deliver, sign
+from worker.webhooks import Refused, checked_address, deliver, send, sign
 
 
 @pytest.fixture
@@ -144,3 +146,61 @@ def test_unknown_worker_ids_do_no_harm(sessions: Sessions, quick: Settings) -> N
     reconciler._doorbell.close()
     reconciler._database.dispose()
     reconciler._redis.close()
+
+
+@pytest.mark.parametrize("host", ["a" * 64 + ".example", "a..example", "1.1.1.1%"])
+def test_an_address_that_cannot_be_looked_up_blocks_no_other_message(
+    sessions: Sessions, quick: Settings, host: str
+) -> None:
+    owner = make_owner(sessions)
+    job_id = submit_job(sessions, quick, owner, ring=False, trials=3)
+    with sessions.begin() as session:
+        webhooks.create(session, session.get_one(User, owner.id), f"https://{host}/hook")
+        webhooks.enqueue(session, session.get_one(Job, job_id), "job.completed")
+    with sessions.begin() as session:
+        assert deliver(session) is True
+    with sessions.begin() as session:
+        assert deliver(session) is False, "not before its time"
+        assert session.scalars(select(WebhookDelivery.attempts)).one() == 1
+
+
+@pytest.mark.parametrize("opening", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nx: "])
+def test_a_receiver_that_never_ends_does_not_hold_the_reconciler(opening: bytes) -> None:
+    """It answers a byte at a time: every read is in time, the whole answer never is."""
+    over = threading.Event()
+
+    def drip(server: socket.socket) -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.recv(65536)
+            connection.sendall(opening)
+            while not over.wait(0.05):
+                try:
+                    connection.sendall(b"x")
+                except OSError:
+                    return
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=drip, args=(server,), daemon=True)
+        thread.start()
+        target = f"http://127.0.0.1:{server.getsockname()[1]}/"
+        began = time.monotonic()
+        try:
+            if opening.endswith(b"\r\n\r\n"):
+                assert send(target, b"{}", {}, "localhost", seconds=2.0) == 200
+            else:
+                with pytest.raises(Refused, match="no answer within 2 s"):
+                    send(target, b"{}", {}, "localhost", seconds=2.0)
+            assert time.monotonic() - began < 5
+        finally:
+            over.set()
+            thread.join(5)
+
+
+def test_a_worker_that_never_became_ready_still_says_goodbye(
+    sessions: Sessions, quick: Settings, worker: Worker
+) -> None:
+    """SIGTERM while Redis is away: `stop` without `start`."""
+    Reconciler(quick, worker.id).stop()
+    with sessions() as session:
+        assert session.get_one(Worker, worker.id).stopped_at is not None

@@ -80,10 +80,11 @@ def cancel(request: Request, job_id: uuid.UUID) -> Response:
 def set_trials(request: Request, job_id: uuid.UUID, fields: Fields) -> Response:
     """Another budget of trials. A completed job goes on when it grows."""
     wanted = text_of(fields, "trials").strip()
+    settings = request.app.state.settings
 
     def amend(session: Session, user: User, job: Job) -> None:
         if not (wanted.isascii() and wanted.isdigit() and len(wanted) < 9):
             raise Invalid("Write the number of trials in digits.", field="trials")
-        control.amend(session, user, job, trials=int(wanted))
+        control.amend(session, user, job, trials=int(wanted), settings=settings)
 
     return changed(request, job_id, amend, "more")
