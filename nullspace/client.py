@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 
 from nullspace.download import fetch
-from nullspace.errors import ClientError, Refused, Unreachable, refusal, unreachable
+from nullspace.errors import ClientError, Refused, Unreachable, refusal, sentences, unreachable
 
 __all__ = ["Client", "ClientError", "Event", "Json", "Refused", "Unreachable"]
 Json = dict[str, Any]
@@ -181,7 +181,7 @@ class Client:
                 return event.payload
             if event.kind == "task" and event.payload.get("state") in ("failed", "cancelled"):
                 error = event.payload.get("error") or {}
-                text = f"{error.get('message', '')} {error.get('mend', '')}".strip()
+                text = sentences(error.get("message"), error.get("mend"))
                 raise ClientError(text or f"the question was {event.payload['state']}")
         raise ClientError("the answer did not come")
 
@@ -285,7 +285,7 @@ class Client:
                 return found
             if found["state"] in ("failed", "cancelled"):
                 error = found.get("error") or {}
-                text = f"{error.get('message', '')} {error.get('mend', '')}".strip()
+                text = sentences(error.get("message"), error.get("mend"))
                 raise ClientError(f"the export {found['state']}: {text or 'see the log'}")
             if time.monotonic() > deadline:
                 raise ClientError(f"the export is still {found['state']}")

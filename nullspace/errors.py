@@ -9,10 +9,23 @@ import httpx
 Json = dict[str, Any]
 
 
+def sentences(what: Any, mend: Any) -> str:
+    """What is wrong and its mend, with a full stop between them."""
+    told, mend = str(what or "").strip(), str(mend or "").strip()
+    stop = "." if told and mend and told[-1] not in ".!?:" else ""
+    return f"{told}{stop} {mend}".strip()
+
+
 class ClientError(Exception):
     """Something that was asked for did not work. `exit_code` is the command line's."""
 
     exit_code = 1
+
+
+class Missing(ClientError):
+    """There is no such thing."""
+
+    exit_code = 5
 
 
 class Unreachable(ClientError):
@@ -41,8 +54,8 @@ class Refused(ClientError):
     def _text(self) -> str:
         lines = []
         for error in self.errors:
-            mend = f" {error['mend']}" if error.get("mend") else ""
-            lines.append(f"{error.get('field', '')}: {error.get('detail', '')}{mend}")
+            told = sentences(error.get("detail"), error.get("mend"))
+            lines.append(f"{error.get('field', '')}: {told}")
         return "\n".join(lines) or self.detail or f"{self.status} {self.title}"
 
 

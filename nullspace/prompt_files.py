@@ -29,6 +29,10 @@ def set_of(client: Client, given: str) -> str:
     try:
         client.upload_prompts(name, file)
     except Refused as error:
+        if error.status in (413, 422):
+            # a command may name three files: say which one
+            named = [{**fault, "field": given} for fault in error.errors]
+            raise Refused(error.status, error.title, f"{given}: {error.detail}", named) from error
         if error.status != 409:
             raise
     return name

@@ -1,7 +1,7 @@
 """`nullspace up`: the whole service on this machine, in one data folder, without root.
 
-Servers, tables and first admin, then the api and the workers as child processes. A child that
-dies is started again. The end goes in order: workers hand their leases back (running jobs go on
+Servers, tables and first admin, then the api and the workers as child processes. What dies of
+them is started again. The end goes in order: workers hand their leases back (running jobs go on
 at the next start), then the api, then the servers.
 """
 
@@ -16,14 +16,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
 from nullspace.client import Client
-from nullspace.embedded import servers
+from nullspace.embedded import PostgresServer, RedisServer, servers
 from nullspace.guarded import Guarded, StartFailed, start
 from nullspace.server import PORT, free_port, listen
 
@@ -31,6 +31,7 @@ Say = Callable[[str], None]
 ADMIN = "admin@localhost"
 START_SECONDS = 120.0
 WORKER_GRACE = 60.0
+SERVER_PAUSE = 5.0
 SEARCHES = "search,evaluate,chat"
 EXPORTS = "export"
 NOT_FOR_CHILDREN = frozenset(
@@ -124,7 +125,8 @@ def service(options: Options, say: Say) -> Iterator[Service]:
         for child in found.children:
             child.launch()
         _wait_ready(found)
-        stack.enter_context(_tended(found.children, say))
+        owned = [server for server in (running.postgres, running.redis) if server is not None]
+        stack.enter_context(_tended(found.children, owned, say))
         yield found
 
 
@@ -324,13 +326,32 @@ def _wait_ready(running: Service) -> None:
 
 
 @contextlib.contextmanager
-def _tended(children: list[Child], say: Say) -> Iterator[None]:
-    """Restart children that die, with 1, 2, 4 ... 60 s between failures in a row."""
+def _tended(
+    children: list[Child], owned: Sequence[PostgresServer | RedisServer], say: Say
+) -> Iterator[None]:
+    """Restart children that die, with 1, 2, 4 ... 60 s between failures in a row.
+
+    Our own servers come back at the same addresses, at most every SERVER_PAUSE seconds.
+    """
     ending = threading.Event()
+    tried: dict[str, float] = {}
+
+    def tend_servers() -> None:
+        for server in owned:
+            if server.running or time.monotonic() < tried.get(server.name, 0) + SERVER_PAUSE:
+                continue
+            say(f"{server.name} ended, starts again: {server.folder / 'log'}")
+            try:
+                server.start()
+            except Exception as error:
+                # whatever it is, the next try may go well, and the other children need tending
+                say(f"{server.name} did not start, tried again in {SERVER_PAUSE:.0f} s: {error}")
+            tried[server.name] = time.monotonic()
 
     def tend() -> None:
         due: dict[str, float] = {}
         while not ending.wait(0.5):
+            tend_servers()
             now = time.monotonic()
             for child in children:
                 if child.process is not None and child.process.poll() is None:

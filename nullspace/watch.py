@@ -10,6 +10,7 @@ from typing import Protocol
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from nullspace.client import OVER, Client, ClientError, Event, Json
+from nullspace.errors import sentences
 from nullspace.terminal import duration, err, number, plain, say
 
 
@@ -107,7 +108,7 @@ def tell(event: Event, view: Sink) -> None:
 
 def explain(error: Json) -> str:
     """A typed error as a sentence: what happened, and the mend."""
-    return plain(f"{error.get('message') or error.get('reason')} {error.get('mend') or ''}").strip()
+    return plain(sentences(error.get("message") or error.get("reason"), error.get("mend")))
 
 
 def follow(

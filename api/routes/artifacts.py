@@ -154,7 +154,9 @@ def show_checksums(who: Reader, artifact_id: uuid.UUID) -> PlainTextResponse:
     """Checksums of all files, for `sha256sum -c SHA256SUMS` in the download's folder."""
     with who.begin() as session:
         rows = _ready_files(session, who, artifact_id)
-    return PlainTextResponse("".join(f"{row.sha256}  {row.name}\n" for row in rows))
+    # the folder has its own SHA256SUMS; a list that is kept under that name cannot hold its own sum
+    listed = [row for row in rows if row.name != "SHA256SUMS"]
+    return PlainTextResponse("".join(f"{row.sha256}  {row.name}\n" for row in listed))
 
 
 @router.head("/artifacts/{artifact_id}/files/{name:path}", include_in_schema=False)

@@ -69,8 +69,10 @@ def build(
         try:
             text = sys.stdin.read() if str(spec) == "-" else spec.read_text()
             built = json.loads(text)
-        except (OSError, ValueError) as error:
-            raise ClientError(f"--spec {spec}: {error}") from error
+        except OSError as error:
+            raise ClientError(f"--spec {spec} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise ClientError(f"--spec {spec}: not JSON: {error}") from error
         if not isinstance(built, dict):
             raise ClientError(f"--spec {spec}: not a JSON object")
     if model:
@@ -79,7 +81,10 @@ def build(
     sets = {"harmful": harmful, "harmless": harmless, "over_refusal": over_refusal}
     for role, given in sets.items():
         if given is not None and client is not None:
-            built.setdefault("prompts", {})[role] = set_of(client, given)
+            prompts = built.setdefault("prompts", {})
+            if not isinstance(prompts, dict):
+                raise ClientError(f'--spec {spec}: prompts: write an object, e.g. {{"search": 50}}')
+            prompts[role] = set_of(client, given)
     for pair in fields or []:
         name, equals, text = pair.partition("=")
         if not equals or not name:
@@ -213,7 +218,7 @@ def _best(job: Json) -> str:
 
 
 def show_job(job: JobId, as_json: AsJson = False, url: Url = None, token: Token = None) -> None:
-    """One job: state, scores, front."""
+    """One job: state, scores, front, artifacts."""
     with client_of(url, token) as client:
         found = client.job(job_id(client, job))
         if as_json:
@@ -236,6 +241,10 @@ def show_job(job: JobId, as_json: AsJson = False, url: Url = None, token: Token 
         if found["front_size"]:
             out.print()
             _front(client, found["id"])
+        if made := client.artifacts(found["id"]):
+            out.print()
+            cells = ((a["id"], a["trial"], a["kind"], a["state"], size(a["size"])) for a in made)
+            table(("artifact", "#trial", "kind", "state", "#size"), cells)
 
 
 def _front(client: Client, job: str) -> None:

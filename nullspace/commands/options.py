@@ -9,6 +9,7 @@ import typer
 
 from nullspace.client import Client
 from nullspace.connection import resolve
+from nullspace.errors import ClientError, Missing
 
 Url = Annotated[
     str | None, typer.Option("--url", help="Server; default NULLSPACE_URL, else of `nullspace up`.")
@@ -30,13 +31,15 @@ def client_of(url: str | None, token: str | None) -> Client:
 
 
 def job_id(client: Client, given: str) -> str:
-    """The full id of a job named by its first characters. ClientError when none or many fit."""
-    from nullspace.client import ClientError
+    """The full id of a job named by its first characters.
 
+    Missing when none fits, ClientError when many do.
+    """
     if len(given) == 36:
         return given
     found = [job["id"] for job in client.jobs() if str(job["id"]).startswith(given.lower())]
     if len(found) == 1:
         return str(found[0])
-    few = f"{len(found)} jobs begin" if found else "no job begins"
-    raise ClientError(f"{few} with {given!r}: `nullspace ls` shows the ids")
+    if not found:
+        raise Missing(f"no job begins with {given!r}: `nullspace ls` shows the ids")
+    raise ClientError(f"{len(found)} jobs begin with {given!r}: `nullspace ls` shows the ids")

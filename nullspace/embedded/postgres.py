@@ -66,6 +66,7 @@ class PostgresServer(Server):
         if self.running:
             return
         super().stop()
+        again = self._sockets != Path()  # others know this address: it stays, start or no start
         self._take_lock()
         try:
             tools = _postgres_tools(self.cluster)
@@ -87,7 +88,7 @@ class PostgresServer(Server):
                     time.sleep(0.2)
             self._ensure_database()
         except BaseException:
-            self.stop()
+            super().stop() if again else self.stop()
             raise
 
     def restart(self) -> None:

@@ -18,7 +18,13 @@ from tests.service.test_api_jobs import problem
 
 __all__ = ["api"]
 WEIGHTS = random.Random(7).randbytes(300_000)
-FILES = {"model.safetensors": WEIGHTS, "config.json": b"{}", "empty.txt": b"", "sub/ä b.txt": b"x"}
+FILES = {
+    "model.safetensors": WEIGHTS,
+    "config.json": b"{}",
+    "empty.txt": b"",
+    "sub/ä b.txt": b"x",
+    "SHA256SUMS": b"made by the engine\n",
+}
 ETAG = f'"{hashlib.sha256(WEIGHTS).hexdigest()}"'
 
 
@@ -40,7 +46,7 @@ def artifact(api: Api, member: User, sessions: Sessions) -> str:
         problem(client.post(path, json={"kind": "lora", "rank": 0}), 422)
         export(sessions, api.settings, asked.json()["id"], FILES)
         (listed,) = client.get(f"/jobs/{job}/artifacts").json()
-        assert listed["state"] == "ready" and listed["size"] == 300_003
+        assert listed["state"] == "ready" and listed["size"] == sum(map(len, FILES.values()))
         return str(asked.json()["id"])
 
 
@@ -55,6 +61,8 @@ def test_files_and_their_checksums(api: Api, artifact: str, member: User, tmp_pa
             (tmp_path / file["name"]).parent.mkdir(exist_ok=True)
             (tmp_path / file["name"]).write_bytes(found.content)
         sums = client.get(f"/artifacts/{artifact}/SHA256SUMS").text
+        # kept under its name, as docs/api.md does, it takes the place of the folder's own
+        (tmp_path / "SHA256SUMS").write_text(sums)
         check = subprocess.run(
             ["sha256sum", "-c", "-"], cwd=tmp_path, input=sums.encode(), capture_output=True
         )

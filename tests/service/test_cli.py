@@ -76,6 +76,7 @@ def test_a_job_from_submit_to_files(lab: Lab, up: Up) -> None:
         "answer to two",
     ]
     artifact = lab.nullspace("export", job, best).stdout.strip()
+    assert artifact in lab.nullspace("show", job).stdout
     pulled = lab.json("pull", artifact, "--output", "out")
     assert {Path(file).name for file in pulled["files"]} == {"weights.bin", "card.json"}
     assert lab.nullspace("log", job).returncode == 0
@@ -106,9 +107,15 @@ def test_wrong_input_has_a_clear_message_and_a_code_of_its_own(lab: Lab, up: Up)
     assert "UTF-8" in lab.nullspace("prompts", "upload", "latin", "latin.txt", code=7).stderr
     (lab.folder / "one.txt").write_text("only one line\n")
     assert "8" in lab.nullspace("prompts", "upload", "one", "one.txt", code=7).stderr
+    said = lab.nullspace("submit", "fake", *JOB, "--harmless", "one.txt", code=7).stderr
+    assert said.startswith("one.txt: ") and "8" in said
+    assert "equal to 1. Send" in lab.nullspace("submit", "fake", "--trials", "0", code=7).stderr
+    (lab.folder / "spec.json").write_text('{"prompts": 3}')
+    spec = ("submit", "fake", "--spec", "spec.json", "--harmful", "asked.txt")
+    assert "prompts: write an object" in lab.nullspace(*spec, code=1).stderr
     missing = "00000000-0000-0000-0000-000000000000"
     lab.nullspace("show", missing, code=5)
-    assert "no job begins" in lab.nullspace("show", "zzz", code=1).stderr
+    assert "no job begins" in lab.nullspace("show", "zzz", code=5).stderr
     lab.nullspace("ls", code=4, NULLSPACE_TOKEN="ns_wrong")
     lab.nullspace("nonsense", code=2)
     elsewhere = f"http://127.0.0.1:{free_port()}"
@@ -149,6 +156,19 @@ def test_a_killed_api_and_a_killed_worker_come_back(lab: Lab, up: Up) -> None:
     found = lab.json("show", job)
     assert found["state"] == "completed" and found["trials"]["complete"] == 40
     assert up.said().count("starts again") >= 2
+
+
+def test_killed_servers_come_back_at_their_addresses(lab: Lab, up: Up) -> None:
+    job = lab.nullspace("submit", "fake", *JOB, "--trials", "40").stdout.strip()
+    postgres = next(p for p in up.tree() if p.name() == "postgres" and "-D" in p.cmdline())
+    redis = next(p for p in up.tree() if p.name() in ("redis-server", "valkey-server"))
+    os.kill(postgres.pid, signal.SIGKILL)
+    os.kill(redis.pid, signal.SIGKILL)
+    up.until("PostgreSQL ended, starts again")
+    up.until("Redis ended, starts again")
+    wait_for(lambda: httpx.get(f"{up.url}/readyz").json().get("status") == "ready", 60)
+    lab.nullspace("watch", job, "--json", seconds=160)
+    assert sorted(row["number"] for row in lab.json("trials", job)) == list(range(40))
 
 
 def test_the_end_leaves_nothing_and_the_next_start_finds_everything(tmp_path: Path) -> None:

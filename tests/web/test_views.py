@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import hashlib
+import os
+import subprocess
 import uuid
 from pathlib import Path
 
@@ -172,8 +175,20 @@ def test_no_open_redirects(wanted: str | None, target: str) -> None:
     assert local_target(wanted) == target
 
 
-def test_download_loop_quotes_names() -> None:
-    files = [ArtifactFile(name="a b'$(reboot).txt", size=1, sha256="0" * 64)]
+def test_download_loop_fetches_what_is_missing_and_quotes_names(tmp_path: Path) -> None:
+    name = "a b'$(touch ran).txt"
+    files = [
+        ArtifactFile(name=each, size=1, sha256=hashlib.sha256(b"x").hexdigest())
+        for each in ("whole.bin", name)
+    ]
+    folder = tmp_path / "nullspace-12345678"
+    folder.mkdir()
+    (folder / "whole.bin").write_bytes(b"x")
+    # a stand-in for curl, which has nothing to say about a file that is whole but 416
+    curl = tmp_path / "curl"
+    curl.write_text('#!/bin/sh\ntest "$7" = whole.bin && kill $PPID\nprintf x > "$7"\n')
+    curl.chmod(0o755)
     text = artifacts.download("https://n.example", "1234567890", files)
-    assert "for file in 'a b'\"'\"'$(reboot).txt'; do" in text
-    assert "--continue-at -" in text and "sha256sum --check" in text
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-c", text], cwd=tmp_path, env=env, check=True, timeout=20)
+    assert {path.name for path in folder.iterdir()} == {"whole.bin", name}
