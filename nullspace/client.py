@@ -23,7 +23,15 @@ from typing import Any
 import httpx
 
 from nullspace.download import fetch
-from nullspace.errors import ClientError, Refused, Unreachable, refusal, sentences, unreachable
+from nullspace.errors import (
+    ClientError,
+    Missing,
+    Refused,
+    Unreachable,
+    refusal,
+    sentences,
+    unreachable,
+)
 
 __all__ = ["Client", "ClientError", "Event", "Json", "Refused", "Unreachable"]
 Json = dict[str, Any]
@@ -260,6 +268,21 @@ class Client:
                     return
                 continue
             time.sleep(1.0)
+
+    def logs(self, job: str, task: str | None = None) -> Iterator[str]:
+        """Pieces of the logs of the job's tasks, oldest first, each under a line that names it.
+
+        `task`: only the task of this id, or the tasks of this kind ("search", "export", ...).
+        """
+        tasks = [row for row in self.request("GET", f"/jobs/{job}/log")["tasks"] if row["size"]]
+        chosen = [row for row in tasks if task in (None, row["id"], row["kind"])]
+        if task is not None and not chosen:
+            known = ", ".join(dict.fromkeys(row["kind"] for row in tasks)) or "none yet"
+            raise Missing(f"no task {task!r} of this job has a log; there are: {known}")
+        for row in chosen:
+            if len(chosen) > 1:
+                yield f"== {row['kind']} {row['id']} ({row['state']})\n"
+            yield from self.log(job, task=row["id"])
 
     # --- artifacts ------------------------------------------------------------------------------
 

@@ -279,14 +279,17 @@ def log(
         bool, typer.Option("--follow", "-f", help="Go on until the job is over.")
     ] = False,
     task: Annotated[
-        str | None, typer.Option("--task", help="Of this task; default the last one.")
+        str | None,
+        typer.Option("--task", help="Of this task or kind: search, evaluate, export, chat."),
     ] = None,
     url: Url = None,
     token: Token = None,
 ) -> None:
-    """Print a job's log."""
+    """Print a job's log: of every task, or with --follow of the one that runs."""
     with client_of(url, token) as client:
-        for piece in client.log(job_id(client, job), task=task, follow=follow_it):
+        identity = job_id(client, job)
+        pieces = client.log(identity, follow=True) if follow_it else client.logs(identity, task)
+        for piece in pieces:
             out.file.write(piece)
             out.file.flush()
 

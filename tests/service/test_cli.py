@@ -79,7 +79,13 @@ def test_a_job_from_submit_to_files(lab: Lab, up: Up) -> None:
     assert artifact in lab.nullspace("show", job).stdout
     pulled = lab.json("pull", artifact, "--output", "out")
     assert {Path(file).name for file in pulled["files"]} == {"weights.bin", "card.json"}
-    assert lab.nullspace("log", job).returncode == 0
+    whole = lab.nullspace("log", job).stdout
+    assert [line.split()[1] for line in whole.split("\n") if line.startswith("== ")][:2] == [
+        "search",
+        "evaluate",
+    ]
+    assert "trial 0" in whole and "trial 0" in lab.nullspace("log", job, "--task", "search").stdout
+    assert "there are: search" in lab.nullspace("log", job, "--task", "nap", code=5).stderr
 
 
 def test_control(lab: Lab, up: Up) -> None:

@@ -144,6 +144,7 @@ def _context(here: Visit, job_id: uuid.UUID, sort: str, order: str, show: str) -
         "gaps": views.gaps(row),
         "warnings": views.warnings(row),
         "log": logs.tail(logs.newest(here.settings.logs, (task.id for task in tasks))),
+        "logged": [task for task in tasks if task.kind != "chat"],
         "events": told[-EVENTS_SHOWN:][::-1],
         "may_edit": control.may_edit(here.user, row),
     }
