@@ -9,15 +9,34 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from jobs import events
+from jobs.database import Sessions
 from jobs.states import JOB_OVER
 from jobs.tables import Artifact, Job, Task, Trial
+from tests.service.processes import wait_until
 
 
-def check(session: Session, job_id: uuid.UUID, state: str = "completed", resumed: int = 0) -> None:
+def check(
+    sessions: Sessions, job_id: uuid.UUID, state: str = "completed", resumed: int = 0
+) -> None:
     """AssertionError naming the first rule that is broken.
 
     `resumed`: how often somebody resumed the job after it had failed.
     """
+    # A task that has done its work still has its lease to give back.
+    wait_until(lambda: not _working(sessions, job_id), 20.0, "no task of the job runs")
+    with sessions() as session:
+        # One snapshot: somebody may be writing between two statements.
+        session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+        _rules(session, job_id, state, resumed)
+
+
+def _working(sessions: Sessions, job_id: uuid.UUID) -> bool:
+    with sessions() as session:
+        query = select(Task.id).where(Task.job_id == job_id, Task.state == "running")
+        return session.scalars(query).first() is not None
+
+
+def _rules(session: Session, job_id: uuid.UUID, state: str, resumed: int) -> None:
     job = session.get_one(Job, job_id)
     assert job.state == state, (job.state, job.error)
     trials = list(session.scalars(select(Trial).where(Trial.job_id == job_id)))

@@ -79,17 +79,7 @@ class Stage:
             raise AssertionError(f"{late}; it is {job.state}: {job.error}\n{said}") from late
 
     def check(self, job_id: uuid.UUID, state: str = "completed", resumed: int = 0) -> None:
-        # a task that has done its work still has its lease to give back
-        wait_until(lambda: not self._working(job_id), 20.0, "no task of the job runs")
-        with self.sessions() as session:
-            # one snapshot: a worker may be writing between two statements
-            session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
-            check(session, job_id, state, resumed)
-
-    def _working(self, job_id: uuid.UUID) -> bool:
-        with self.sessions() as session:
-            query = select(Task.id).where(Task.job_id == job_id, Task.state == "running")
-            return session.scalars(query).first() is not None
+        check(self.sessions, job_id, state, resumed)
 
     def write(self, act: Callable[[Session], object]) -> None:
         with self.sessions.begin() as session:

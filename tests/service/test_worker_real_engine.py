@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from demo import MODEL
 from jobs import artifacts, events, prompts, submit, trials
 from jobs.database import Sessions
 from jobs.settings import Settings
@@ -18,7 +17,6 @@ from jobs.tables import Artifact, Job, Task, User
 from tests.crash.checker import check
 from tests.service.processes import ring_for, wait_until, worker
 
-pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason="the demo model is not there")
 SMALL = {"over_refusal": "demo-over-refusal", "direction": 60, "search": 16, "heldout": 12}
 
 
@@ -51,13 +49,13 @@ def test_a_small_job_to_its_artifact(
         with sessions() as session:
             ended = session.get_one(Job, job.id)
             assert ended.state == "completed", (ended.error, running.said()[-2000:])
-            check(session, job.id)
             assert ended.prepared is not None
             assert ended.prepared["anatomy"]["coverage"] == 1.0
             baseline = ended.prepared["baseline"]["search"]
             front = trials.front(session, job.id)
             origins = [row.origin for row in trials.list_trials(session, job.id)]
             kept = trials.responses(session, job.id, front[0].number)
+        check(sessions, job.id)
         assert baseline["refusals"] >= 14, "the original refuses"
         assert front[0].refusals is not None and front[0].refusals <= 4, "the best edit does not"
         assert front[0].heldout is not None and front[0].over_refusal is not None
