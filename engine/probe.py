@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from engine.writer import Writer, linear_width
 from jobs.spec.candidate import Component
@@ -165,7 +166,12 @@ def probe(
             reason = "its output reaches the stream neither as it is nor through a norm"
             missed.append(missing(f"{prefix}.{name}", layer, (d, n), reason))
             continue
-        writers.append(Writer(f"{prefix}.{name}", layer, component, module, d, n, via, scale))
+        writers.append(
+            Writer(
+                f"{prefix}.{name}", layer, component, module, d, n, via, scale,
+                transposed=isinstance(module, Conv1D),
+            )
+        )  # fmt: skip
     if not writers and not missed:
         missed.append(missing(prefix, layer, (), "the block holds no writer"))
     return writers, missed

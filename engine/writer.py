@@ -15,8 +15,14 @@ from jobs.spec.candidate import Component
 class Writer:
     """One matrix W (d, n), y = Wx + bias, whose output is added to the residual stream.
 
-    via    "" where the output is added as it is (or scaled), else the norm it passes first
-    scale  the factor with which the output reaches the stream; 1 almost everywhere
+    A stack is E such matrices in one parameter: the output projections of a layer's fused experts.
+
+    name       the module's path; of a matrix that is a parameter of something else, the parameter's
+    parameter  the attribute of `module` that holds the matrix
+    experts    E of a stack, 0 of a single matrix
+    via        "" where the output is added as it is (or scaled), else the norm it passes first
+    scale      the factor with which the output reaches the stream; 1 almost everywhere
+    transposed it is stored as (n, d), or (E, n, d): GPT-2's Conv1D, experts with `is_transposed`
     """
 
     name: str
@@ -27,19 +33,42 @@ class Writer:
     n: int
     via: str = ""
     scale: float = 1.0
+    parameter: str = "weight"
+    experts: int = 0
+    transposed: bool = False
 
     @property
-    def transposed(self) -> bool:
-        """The module keeps its weight as (n, d): GPT-2's Conv1D."""
-        return isinstance(self.module, Conv1D)
+    def hooked(self) -> bool:
+        """Whether the module's input and output are the matrix's own, so that hooks can edit it.
+
+        All others are edited in place.
+        """
+        return self.parameter == "weight" and linear_width(self.module) is not None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(d, n), or (E, d, n) of a stack."""
+        return (self.experts, self.d, self.n) if self.experts else (self.d, self.n)
+
+    def oriented(self, stored: Tensor) -> Tensor:
+        """The stored tensor as (d, n) or (E, d, n): a view of it."""
+        if self.experts and self.transposed:
+            return stored.view(self.experts, self.n, self.d).transpose(1, 2)
+        if self.experts:
+            return stored.view(self.experts, self.d, self.n)
+        return stored.T if self.transposed else stored
 
     def weight(self) -> Tensor:
-        """W (d, n), float32, dequantised, on the model's device; may be the weight itself."""
-        return weight_of(self.module)
+        """W (d, n) or (E, d, n), float32, dequantised, on the model's device; may be a view."""
+        if self.hooked:
+            return weight_of(self.module)
+        held: Tensor = getattr(self.module, self.parameter)
+        return self.oriented(held.detach()).float()
 
     def bias(self) -> Tensor | None:
-        """The bias (d) or None."""
-        bias = getattr(self.module, "bias", None)
+        """The bias (d), (E, d) of a stack, or None."""
+        name = "bias" if self.hooked else f"{self.parameter}_bias"
+        bias = getattr(self.module, name, None)
         return bias if isinstance(bias, Tensor) else None
 
 

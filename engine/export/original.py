@@ -30,7 +30,7 @@ class Edited:
 
     def oriented(self, tensor: Tensor) -> Tensor:
         """The stored tensor as W (d, n), or back: a view."""
-        return tensor.T if self.writer.transposed else tensor
+        return self.writer.oriented(tensor)
 
 
 def edited_writers(
