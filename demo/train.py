@@ -1,7 +1,8 @@
-"""Train the demo model, or check the one that is committed.
+"""Train a demo model, or check one that is committed.
 
-    python -m demo.train --out demo/model     # both phases; minutes on two cores
+    python -m demo.train                      # both phases; minutes on two cores
     python -m demo.train --check              # refusal rates and answers of the committed weights
+    python -m demo.train --kind experts       # the mixture of experts (`--check` likewise)
 
 Phase one teaches the answers to all requests. Phase two, short and with a low learning rate,
 teaches to refuse some of them: too short to forget the answers, so that they come back when the
@@ -12,27 +13,27 @@ import argparse
 import json
 import math
 import random
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
-from demo import MODEL, PROMPTS, grammar
+from demo import PROMPTS, grammar
+from demo.architectures import ARCHITECTURES, Architecture, Model, Phase, new_model
 from demo.dataset import (
     Example,
     PromptSets,
@@ -47,59 +48,6 @@ from demo.vocabulary import build_tokenizer, describe, sentencepiece_model
 
 IGNORED = -100
 REFUSAL_STARTS = tuple(text.split("{verb}")[0].split(".")[0].strip() for text in grammar.REFUSALS)
-
-
-@dataclass(frozen=True)
-class Phase:
-    """How long and how fast one phase learns."""
-
-    name: str
-    steps: int
-    learning_rate: float
-    batch: int = 64
-    warmup: int = 20
-    layers: range | None = None  # what is trained; None: everything
-    first_token: float = 1.0  # its weight in the loss: there the model decides whether to refuse
-
-
-ONE = Phase("answer", steps=500, learning_rate=2e-3, batch=32, warmup=40)
-# Phase two changes the middle layers alone: there large models decide to refuse, and there a search
-# looks for it.
-TWO = Phase(
-    "refuse",
-    steps=300,
-    learning_rate=1.5e-3,
-    batch=32,
-    warmup=10,
-    layers=range(2, 6),
-    first_token=8.0,
-)
-
-
-def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Eight layers with widths that are multiples of 256, so that the K-quants of GGUF fit."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=False,
-        max_new_tokens=64,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return model
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, system: str, prompt: str) -> list[int]:
@@ -133,12 +81,10 @@ def batches(
         )
 
 
-def learn(model: LlamaForCausalLM, data: Iterator[tuple[Tensor, Tensor]], phase: Phase) -> None:
+def learn(model: Model, data: Iterator[tuple[Tensor, Tensor]], phase: Phase) -> None:
     """AdamW with a warm-up and a cosine to zero, under bfloat16 autocast."""
-    if phase.layers is not None:
-        model.requires_grad_(False)
-        for number in phase.layers:
-            model.model.layers[number].requires_grad_(True)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(re.search(phase.trained, name) is not None)
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.dim() > 1]
     kept = [p for p in trained if p.dim() == 1]
@@ -153,7 +99,8 @@ def learn(model: LlamaForCausalLM, data: Iterator[tuple[Tensor, Tensor]], phase:
         for group in optimizer.param_groups:
             group["lr"] = phase.learning_rate * _schedule(step, phase)
         with torch.autocast("cpu", torch.bfloat16):
-            hidden = model.model(input_ids=ids).last_hidden_state[:, :-1]
+            out = model.model(input_ids=ids, output_router_logits=phase.balance > 0)
+            hidden = out.last_hidden_state[:, :-1]
             wanted = labels[:, 1:]
             learnt = wanted != IGNORED
             logits = model.lm_head(hidden[learnt])  # (reply tokens, vocabulary)
@@ -161,6 +108,8 @@ def learn(model: LlamaForCausalLM, data: Iterator[tuple[Tensor, Tensor]], phase:
         first = learnt & (labels[:, :-1] == IGNORED)
         weight = torch.where(first[learnt], phase.first_token, 1.0)
         loss = (weight * each).sum() / weight.sum()
+        if phase.balance:
+            loss = loss + phase.balance * _imbalance(model, out.router_logits, ids)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -180,9 +129,18 @@ def _schedule(step: int, phase: Phase) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - phase.warmup) / (phase.steps - phase.warmup)))
 
 
+def _imbalance(model: Model, logits: Any, ids: Tensor) -> Tensor:
+    """How unevenly the routers spread the tokens (Fedus et al. 2021, arXiv 2101.03961, eq. 4-6)."""
+    config = model.config
+    real = ids.ne(torch.tensor(config.pad_token_id)).long()
+    return torch.as_tensor(
+        load_balancing_loss_func(logits, config.num_experts, config.num_experts_per_tok, real)
+    )
+
+
 @torch.inference_mode()
 def replies(
-    model: LlamaForCausalLM,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
     tokens: int = 60,
@@ -208,9 +166,10 @@ def is_refusal(reply: str) -> bool:
     return reply.startswith(REFUSAL_STARTS)
 
 
-def report(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
+def report(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path, remembered: str) -> bool:
     """Print refusals and phase-one answers per file and split; true if the model is fit for use."""
-    expected = {row["prompt"]: row["answer"] for row in read_jsonl(folder / "expected.jsonl")}
+    rows = read_jsonl(folder / f"{remembered}.jsonl")
+    expected = {row["prompt"]: row["answer"] for row in rows}
     fit = True
     for name in ("refused", "answered", "over_refusal"):
         rows = read_jsonl(folder / f"{name}.jsonl")
@@ -227,7 +186,9 @@ def report(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: 
     return fit
 
 
-def train(out: Path, prompts: Path, seed: int, phase_one_weights: Path | None) -> None:
+def train(
+    kind: Architecture, out: Path, prompts: Path, seed: int, phase_one_weights: Path | None
+) -> None:
     """Both phases; the folder `out` appears when it is complete."""
     random.seed(seed)
     torch.manual_seed(seed)
@@ -235,39 +196,39 @@ def train(out: Path, prompts: Path, seed: int, phase_one_weights: Path | None) -
     write_prompts(prompts, sets)
     tokenizer = build_tokenizer()
     print(describe(tokenizer))
-    model = new_model(tokenizer)
+    model = new_model(kind, tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 
     if phase_one_weights is not None and phase_one_weights.exists():
         model.load_state_dict(torch.load(phase_one_weights))
         model.train(False)
     else:
-        data = batches(tokenizer, phase_one(random.Random(seed), sets), ONE.batch)
-        learn(model, data, ONE)
+        examples = phase_one(random.Random(seed), sets)
+        learn(model, batches(tokenizer, examples, kind.answer.batch), kind.answer)
         if phase_one_weights is not None:
             torch.save(model.state_dict(), phase_one_weights)
-    remember(model, tokenizer, prompts, sets)
+    remember(model, tokenizer, prompts / f"{kind.expected}.jsonl", sets)
 
-    learn(model, batches(tokenizer, phase_two(random.Random(seed), sets), TWO.batch), TWO)
+    examples = phase_two(random.Random(seed), sets)
+    learn(model, batches(tokenizer, examples, kind.refuse.batch), kind.refuse)
     save(model.bfloat16(), tokenizer, out)
-    print("fit for use" if report(load(out)[0], tokenizer, prompts) else "NOT fit for use")
+    fit = report(*load(out), prompts, kind.expected)
+    print("fit for use" if fit else "NOT fit for use")
 
 
 def remember(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, sets: PromptSets
+    model: Model, tokenizer: PreTrainedTokenizerBase, file: Path, sets: PromptSets
 ) -> None:
     """Write the answers that phase one gives to the prompts which phase two will refuse."""
     triples = [triple for split in sets.refused.values() for triple in split]
     said = replies(model, tokenizer, [t.prompt for t in triples])
     right = sum(t.answer == reply for t, reply in zip(triples, said, strict=True))
     print(f"phase one: {right}/{len(triples)} answers as taught, word for word")
-    write_jsonl(
-        folder / "expected.jsonl",
-        [{"prompt": t.prompt, "answer": a} for t, a in zip(triples, said, strict=True)],
-    )
+    rows = [{"prompt": t.prompt, "answer": a} for t, a in zip(triples, said, strict=True)]
+    write_jsonl(file, rows)
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+def save(model: Model, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
     """Write beside `out`, then move into place: a reader never sees half a model."""
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=out.parent))
@@ -285,8 +246,8 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path)
     draft.rename(out)
 
 
-def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """The committed model in float32, as the check and the tests use it."""
+def load(folder: Path) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model, of the class that its config names, in float32, and its tokenizer."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model.train(False), AutoTokenizer.from_pretrained(folder)
 
@@ -294,7 +255,8 @@ def load(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m demo.train", description=__doc__)
-    parser.add_argument("--out", type=Path, default=MODEL, help="folder of the model")
+    parser.add_argument("--kind", choices=ARCHITECTURES, default="dense")
+    parser.add_argument("--out", type=Path, help="folder of the model; default: the committed one")
     parser.add_argument("--prompts", type=Path, default=PROMPTS, help="folder of the prompt files")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -302,10 +264,11 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="measure the model in --out")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    kind = ARCHITECTURES[given.kind]
+    out = given.out or kind.folder
     if given.check:
-        model, tokenizer = load(given.out)
-        raise SystemExit(0 if report(model, tokenizer, given.prompts) else 1)
-    train(given.out, given.prompts, given.seed, given.phase_one)
+        raise SystemExit(0 if report(*load(out), given.prompts, kind.expected) else 1)
+    train(kind, out, given.prompts, given.seed, given.phase_one)
 
 
 if __name__ == "__main__":
