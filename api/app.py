@@ -23,9 +23,11 @@ from api.limits import BodyLimit
 from api.nudges import Nudges
 from api.routes import (
     artifacts,
+    benchmarks,
     chat,
     estimate,
     events,
+    geometry,
     health,
     jobs,
     log,
@@ -47,7 +49,9 @@ ROUTERS: tuple[APIRouter, ...] = (
     events.router,
     log.router,
     trials.router,
+    geometry.router,
     chat.router,
+    benchmarks.router,
     artifacts.router,
     prompt_sets.router,
     workers.router,

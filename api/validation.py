@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -42,6 +43,8 @@ MENDS = {
     "json_invalid": "Send valid JSON: {error}.",
 }
 
+RULE = re.compile(r"[a-z_.]+: ")
+
 
 def explain(request: Request, error: RequestValidationError) -> list[dict[str, str]]:
     """One `{field, detail, mend}` per fault, at most 50."""
@@ -59,6 +62,12 @@ def _one(request: Request, fault: dict[str, Any]) -> dict[str, str]:
         position = location[-1] if location else "?"
         location, detail = ("body",), f"not JSON, at character {position}"
         mend = MENDS["json_invalid"].format(error=context.get("error", "see the JSON grammar"))
+    elif fault["type"] == "value_error" and location == ("body",) and RULE.match(detail):
+        # a rule about several fields names the one to mend: "startup_trials: must not exceed …"
+        name, detail = detail.split(": ", 1)
+        location = ("body", name)
+        detail, _, mend = detail.partition("; ")  # "...: what is wrong; what to do"
+        mend = f"{mend[:1].upper()}{mend[1:]}." if mend else ""
     else:
         mend = MENDS.get(fault["type"], "").format_map(_Blank(context))
     return {"field": _path(location), "detail": detail, "mend": mend}

@@ -1,9 +1,9 @@
 """Take the pictures of the documentation from a running server.
 
-    NULLSPACE_URL=… NULLSPACE_TOKEN=… python docs/screenshots.py JOB [--live LIVE_JOB]
+    NULLSPACE_URL=… NULLSPACE_TOKEN=… python docs/screenshots.py JOB [--trial N] [--live JOB]
 
 JOB is a finished job, LIVE_JOB one that is searching. Every page is taken at phone and desktop
-width into docs/: form, live, job, trial. CHROMIUM names a browser that is not on the PATH.
+width into docs/: form, live, job, trial, analysis. CHROMIUM names a browser off the PATH.
 """
 
 from __future__ import annotations
@@ -57,14 +57,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("job")
     parser.add_argument("--live")
+    parser.add_argument("--trial", type=int, help="default: the front's first")
     parser.add_argument("--scheme", choices=["light", "dark"], default="light")
     arguments = parser.parse_args()
     url, token = os.environ["NULLSPACE_URL"].rstrip("/"), os.environ["NULLSPACE_TOKEN"]
-    number = best_trial(url, token, arguments.job)
+    number = arguments.trial
+    if number is None:
+        number = best_trial(url, token, arguments.job)
     pages = {
         "form": "/jobs/new",
         "job": f"/jobs/{arguments.job}",
         "trial": f"/jobs/{arguments.job}/trials/{number}",
+        "analysis": f"/jobs/{arguments.job}/geometry",
     }
     if arguments.live:
         pages["live"] = f"/jobs/{arguments.live}"

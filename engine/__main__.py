@@ -39,8 +39,10 @@ def main() -> int:
 
 def serve(channel: Channel) -> int:
     """Answer requests one at a time until `stop` or end of file."""
+    from engine.memory import return_large_blocks
     from engine.session import Session  # torch is loaded here: wrong arguments fail at once
 
+    return_large_blocks()
     session = Session()
     for envelope in channel.requests():
         if isinstance(envelope.request, Stop):

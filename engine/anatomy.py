@@ -1,24 +1,23 @@
 """Which matrices write to the residual stream (ENGINE.md, "Anatomy").
 
-Writers are found by structure (linear modules whose output is as wide as the stream) and confirmed
-by what they do, one decoder block at a time, on random input: with every candidate's output held
-at zero the block must be the identity, and a writer's output must appear in the block's output,
-scaled or through a norm, and nowhere else. Whatever else writes, such as fused experts, breaks the
-identity, so nothing is missed in silence.
+Writers are found by what they do, one decoder block at a time, on random input: what a writer says
+moves the stream by just that, and with exactly the writers silent the block leaves the stream what
+it was. Whatever else writes breaks that identity, so nothing is missed in silence.
 """
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from engine.blocks import accepts, find
 from engine.errors import EngineError
-from engine.probe import TOLERANCE, close, missing, probe, record_calls
+from engine.experiment import first
+from engine.probe import missing, probe
 from engine.writer import Writer
 from jobs.spec.protocol import AnatomyReport, WriterReport
 
@@ -27,7 +26,12 @@ __all__ = ["Anatomy", "Writer", "accepts", "examine", "survey"]
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The decoder of a model. `uncovered` is empty for whatever `survey` returns."""
+    """The decoder of a model.
+
+    blocks     every module once, in the order of their first run; a shared one has its first layer
+    uncovered  the writers that no edit reaches
+    streams    where a block's output holds several streams: the axis, -1 for (B, T, P·d)
+    """
 
     architecture: str
     layers: int
@@ -35,11 +39,41 @@ class Anatomy:
     writers: list[Writer]
     blocks: list[nn.Module]
     uncovered: list[WriterReport] = field(default_factory=list)
+    streams: int | None = None
+
+    def stream_of(self, value: Any) -> Tensor:
+        """The stream (B, T, d) in what a block takes as its stream or gives.
+
+        Of several streams it is their mean (hyper-connections write to all of them), or the first
+        where they are the outermost axis: AltUp computes on that one (arXiv 2301.13310).
+        """
+        states: Tensor = first(value)
+        if self.streams is None:
+            return states
+        if self.streams == 0:
+            return states[0]
+        if self.streams == -1:
+            states = states.reshape(*states.shape[:-1], -1, self.hidden)
+        return states.mean(dim=2)
+
+    def shares(self) -> dict[str, float]:
+        """What part of the writing parameters each kind of writer holds, 0..1.
+
+        The kinds are attention, mlp, experts (stacks and lists of them) and missed.
+        """
+        sizes: dict[str, int] = {}
+        for w in self.writers:
+            kind = "experts" if w.experts or ".experts." in w.name else str(w.component)
+            sizes[kind] = sizes.get(kind, 0) + prod(w.shape)
+        for report in self.uncovered:
+            sizes["missed"] = sizes.get("missed", 0) + (prod(report.shape) if report.shape else 0)
+        whole = sum(sizes.values())
+        return {kind: size / whole for kind, size in sizes.items()} if whole else {}
 
     @property
     def coverage(self) -> float:
         """Share of the writing parameters that edits reach, 0..1."""
-        covered = sum(w.d * w.n for w in self.writers)
+        covered = sum(prod(w.shape) for w in self.writers)
         missed = sum(prod(w.shape) for w in self.uncovered if w.shape)
         if covered + missed == 0 or (self.uncovered and missed == 0):
             return 0.0
@@ -52,7 +86,7 @@ class Anatomy:
                 name=w.name,
                 layer=w.layer,
                 component=w.component,
-                shape=(w.d, w.n),
+                shape=w.shape,
                 reason=f"passes {w.via} before it is added" if w.via else "",
             )
             for w in self.writers
@@ -63,23 +97,25 @@ class Anatomy:
             hidden=self.hidden,
             writers=sorted(found + self.uncovered, key=lambda w: w.layer),
             coverage=self.coverage,
+            shares=self.shares(),
         )
 
 
-def survey(model: nn.Module) -> Anatomy:
+def survey(model: nn.Module, allow_partial: bool = False) -> Anatomy:
     """`examine`, refusing a model whose writers are not all known.
 
-    Raises `unsupported_architecture` with the list of what would have been left unedited.
+    Raises `unsupported_architecture` with the list of what would have been left unedited. With
+    `allow_partial` that list is only in the report, as long as there is something to edit.
     """
     anatomy = examine(model)
-    if anatomy.uncovered:
+    if anatomy.uncovered and not (allow_partial and anatomy.writers):
         missed = [f"{w.name} {list(w.shape)}: {w.reason}" for w in anatomy.uncovered]
         more = f" and {len(missed) - 3} more" if len(missed) > 3 else ""
         raise EngineError(
             "unsupported_architecture",
             f"{anatomy.architecture}: the edit would reach only {anatomy.coverage:.1%} of the "
             f"parameters that write to the residual stream; missed: {'; '.join(missed[:3])}{more}",
-            "Choose a dense decoder model; this one holds writers that no edit reaches yet.",
+            "Set `allow_partial` to edit the rest, or choose another model.",
             "\n".join(missed),
         )
     return anatomy
@@ -87,65 +123,44 @@ def survey(model: nn.Module) -> Anatomy:
 
 @torch.no_grad()
 def examine(model: nn.Module) -> Anatomy:
-    """Find and probe the decoder blocks of a loaded model; costs about 10 passes of 8 tokens.
+    """Find and probe the decoder blocks of a loaded model; costs about 20 passes of 11 tokens.
 
     Raises `unsupported_architecture` where no decoder blocks are found.
     """
-    config: Any = model.config
-    text = config.get_text_config(decoder=True)
-    architecture = type(model).__name__
-    hidden = int(text.hidden_size)
-    name, blocks = _decoder_blocks(model, int(text.num_hidden_layers), architecture)
     was_training = model.training
     model.eval()
     try:
-        calls = record_calls(model, blocks, int(text.vocab_size))
+        found = find(model)
         writers: list[Writer] = []
         uncovered: list[WriterReport] = []
-        seen: set[int] = set()
-        for layer, block in enumerate(blocks):
-            prefix = f"{name}.{layer}"
-            if id(block) in seen:
-                uncovered.append(missing(prefix, layer, (), "the block is shared between layers"))
-                continue
-            seen.add(id(block))
-            call = calls.get(id(block))
+        readers: set[str] = set()
+        idle: list[tuple[int, str, str]] = []
+        expected: dict[type[nn.Module], frozenset[str]] = {}
+        for layer, (name, block) in enumerate(zip(found.names, found.modules, strict=True)):
+            call = found.calls.get(id(block))
             if call is None:
-                uncovered.append(missing(prefix, layer, (), "the block was not run"))
+                uncovered.append(missing(name, layer, (), "the block was not run"))
                 continue
-            found, missed = probe(block, call, prefix, layer, hidden)
-            writers += found
-            uncovered += missed
-            after = calls.get(id(blocks[layer + 1])) if layer + 1 < len(blocks) else None
-            if after is not None and not close(after.stream, call.output, TOLERANCE):
-                uncovered.append(
-                    missing(prefix, layer, (), "something writes between this block and the next")
-                )
+            result = probe(block, call, name, layer, found.hidden, expected.get(type(block)))
+            expected[type(block)] = result.keys
+            writers += result.writers
+            uncovered += result.missed
+            readers |= result.readers
+            idle += [(layer, key, path) for key, paths in result.idle.items() for path in paths]
+        for name, reason in found.gaps:
+            layer = found.names.index(name) if name in found.names else len(found.names) - 1
+            uncovered.append(missing(name, layer, (), reason))
+        for layer, key, path in idle:
+            if key not in readers:  # keys and values that a layer takes from another
+                uncovered.append(missing(path, layer, (), "it may write, but text does not run it"))
     finally:
         model.train(was_training)
-    return Anatomy(architecture, len(blocks), hidden, writers, blocks, uncovered)
-
-
-def accepts(model: nn.Module, argument: str) -> bool:
-    """Whether the model's forward takes a keyword of this name."""
-    return argument in inspect.signature(model.forward).parameters
-
-
-def _decoder_blocks(model: nn.Module, layers: int, who: str) -> tuple[str, list[nn.Module]]:
-    """The module list of `layers` decoder blocks, the outermost and largest there is."""
-    get = getattr(model, "get_decoder", None)
-    decoder = get() if callable(get) else None
-    inside = {id(m) for m in decoder.modules()} if isinstance(decoder, nn.Module) else None
-    lists = [
-        (sum(p.numel() for p in m.parameters()), name, m)
-        for name, m in model.named_modules()
-        if isinstance(m, nn.ModuleList) and len(m) == layers and (inside is None or id(m) in inside)
-    ]
-    if not lists:
-        raise EngineError(
-            "unsupported_architecture",
-            f"{who}: no list of {layers} decoder blocks was found",
-            "Choose a decoder-only language model.",
-        )
-    _, name, found = max(lists, key=lambda entry: entry[0])
-    return name, list(found)
+    return Anatomy(
+        type(model).__name__,
+        len(found.modules),
+        found.hidden,
+        writers,
+        found.modules,
+        uncovered,
+        found.streams,
+    )

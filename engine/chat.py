@@ -1,38 +1,22 @@
 """From a prompt's text to the tokens after which the model answers.
 
-A model's own chat template is used, with what would make it think aloud switched off where the
-template has a switch. What all answers begin with (`detect_prefix`) is appended to the prompt, so
-that the "first answer token" is the first one that depends on the prompt; a chain-of-thought block
-that the answers open is closed.
+A model's own chat template is used (`engine.template`), with what would make it think aloud
+switched off where the template has a switch, and closed where it opens a thought all the same
+(`engine.thought`). What all answers begin with (`detect_prefix`) is appended to the prompt, so that
+the "first answer token" is the first one that depends on the prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-import jinja2.meta
+from engine.template import TODAY, Template, Turns
+from engine.thought import close_opened, detect_prefix, spoken
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SWITCHES = ("enable_thinking", "thinking")  # template variables that turn thinking aloud on and off
-
-# What opens a chain of thought -> the closed, empty block that stands in its place.
-CLOSED_THOUGHT: dict[str, str] = {
-    "<|channel|>analysis<|message|>": (
-        "<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>"
-    ),
-    "<think>": "<think>\n\n</think>\n\n",
-    "<thinking>": "<thinking>\n\n</thinking>\n\n",
-    "<thought>": "<thought>\n\n</thought>\n\n",
-    "<reasoning>": "<reasoning>\n\n</reasoning>\n\n",
-    "[THINK]": "[THINK][/THINK]",
-    "<seed:think>": "<seed:think></seed:think>",
-}
-MAX_PREFIX = 200  # characters; longer "common prefixes" are answers that happen to be equal
-PROBE = "\u2063probe\u2063"  # a system text that no template contains by itself
+__all__ = ["Formatter", "detect_prefix"]
 
 
 class Formatter:
@@ -40,7 +24,10 @@ class Formatter:
 
     formatter = Formatter(tokenizer, system_prompt)
     formatter.ids("How do I mop the floor?")    # [1, 733, ...], ready for the model
+    formatter.settings                          # {"enable_thinking": False}, for the manifest
     formatter.warnings                          # what a person should know, may be empty
+
+    Raises unsupported_architecture for a template that is broken.
     """
 
     def __init__(
@@ -50,40 +37,51 @@ class Formatter:
         self.system_prompt = system_prompt or ""
         self.prefix = ""
         self.warnings: list[str] = []
-        self._switches: dict[str, Any] = {}
-        self._template = bool(tokenizer.chat_template)
-        if not self._template:
+        self.settings: dict[str, Any] = {}
+        self._template = Template.of(tokenizer)
+        self._system, self._system_turn = self.system_prompt, False
+        if self._template is None:
             self.warnings.append(
                 "The tokenizer has no chat template: prompts are given as plain text. A base model "
                 "may go on writing instead of answering."
             )
-            self._system_turn = False
             return
-        known = _variables(tokenizer.get_chat_template())
-        self._switches = {name: False for name in SWITCHES if name in known}
-        self._system_turn = not self.system_prompt or self._takes_system()
-        if not self._system_turn:
+        self._read(self._template)
+
+    def _read(self, template: Template) -> None:
+        """Fit the system prompt to the template; say what a person should know."""
+        self.settings = {**template.arguments}
+        self.warnings += template.warnings
+        self._system = "\n\n".join(text for text in (template.word, self.system_prompt) if text)
+        self._system_turn = bool(self._system) and template.takes_system()
+        if template.word:
+            self.settings["system prompt begins with"] = template.word
+        if self._system and not self._system_turn:
+            what = "the system prompt" if self.system_prompt else template.word
             self.warnings.append(
-                "The chat template has no system role: the system prompt is put before each "
-                "prompt in the user's turn."
+                f"The chat template has no system role: {what} is put before each prompt in the "
+                "user's turn."
+            )
+        if template.dated(self._turns("Hello")):
+            self.settings["date"] = f"{TODAY:%Y-%m-%d}"
+            self.warnings.append(
+                f"The chat template writes today's date; it is told {TODAY:%d %b %Y} instead, so "
+                "that results can be repeated."
             )
 
     def text(self, prompt: str) -> str:
         """The whole text that the model continues."""
-        if not self._template:
-            return self._with_system(prompt) + "\n\n" + self.prefix
-        if self.system_prompt and self._system_turn:
-            turns = [_turn("system", self.system_prompt), _turn("user", prompt)]
-        else:
-            turns = [_turn("user", self._with_system(prompt))]
-        return self._render(turns) + self.prefix
+        if self._template is None:
+            return _joined(self._system, prompt) + "\n\n" + self.prefix
+        rendered = self._template.render(self._turns(prompt))
+        return close_opened(rendered, prompt) + self.prefix
 
     def ids(self, prompt: str) -> list[int]:
         """The token ids of `text(prompt)`.
 
         A template writes its special tokens itself; plain text gets the tokenizer's.
         """
-        given = self.tokenizer(self.text(prompt), add_special_tokens=not self._template)
+        given = self.tokenizer(self.text(prompt), add_special_tokens=self._template is None)
         return list(given["input_ids"])
 
     def opening(self) -> list[int]:
@@ -91,76 +89,22 @@ class Formatter:
 
         They are the first tokens of every answer, decoded with it, so that blanks come out right.
         """
-        if not self.prefix or self.prefix in CLOSED_THOUGHT.values():
+        seen = spoken(self.prefix)
+        if not seen:
             return []
         with_prefix, prefix = self.ids("Hello"), self.prefix
-        self.prefix = ""
+        self.prefix = prefix.removesuffix(seen)
         without = self.ids("Hello")
         self.prefix = prefix
         if with_prefix[: len(without)] != without:
             return []  # the tokenizer joins the prefix to the template's last token
         return with_prefix[len(without) :]
 
-    def _with_system(self, prompt: str) -> str:
-        return f"{self.system_prompt}\n\n{prompt}" if self.system_prompt else prompt
-
-    def _render(self, turns: list[dict[str, str]]) -> str:
-        rendered = self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=True, **self._switches
-        )
-        return str(rendered)
-
-    def _takes_system(self) -> bool:
-        """Some templates raise on a system turn, others silently leave it out."""
-        try:
-            return PROBE in self._render([_turn("system", PROBE), _turn("user", "Hello")])
-        except jinja2.TemplateError:
-            return False
+    def _turns(self, prompt: str) -> Turns:
+        if self._system_turn:
+            return [("system", self._system), ("user", prompt)]
+        return [("user", _joined(self._system, prompt))]
 
 
-def detect_prefix(answers: Sequence[str]) -> str:
-    r"""What all `answers` (decoded with their special tokens) begin with, as it should be appended.
-
-    detect_prefix(["<think>\nOkay, the", "<think>\nHmm"])   # "<think>\n\n</think>\n\n"
-    detect_prefix(["Sure, here", "Sure, you can"])          # "Sure,"
-    detect_prefix(["I cannot", "I can"])                    # "I"
-    detect_prefix(["Yes.", "Yes."])                         # "": equal answers say nothing
-    """
-    if len(set(answers)) < 2:
-        return ""
-    common = _common_beginning(answers)
-    for opening, closed in CLOSED_THOUGHT.items():
-        if common.lstrip().startswith(opening):
-            return closed
-    return _whole_words(common) if len(common) <= MAX_PREFIX else ""
-
-
-def _common_beginning(texts: Sequence[str]) -> str:
-    """What all texts begin with: what the first and the last in the order of letters share."""
-    low, high = min(texts), max(texts)
-    for place, (one, other) in enumerate(zip(low, high, strict=False)):
-        if one != other:
-            return low[:place]
-    return low
-
-
-def _whole_words(common: str) -> str:
-    """`common` up to the last character that is no part of a word: half a word is no prefix."""
-    end = len(common)
-    while end and (common[end - 1].isalnum() or common[end - 1] in "'’"):
-        end -= 1
-    # A tokenizer joins a blank to the word after it: the prefix ends before the blank.
-    return common[:end].rstrip(" ")
-
-
-def _variables(template: str) -> set[str]:
-    """The names that a template expects from outside."""
-    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"])
-    try:
-        return jinja2.meta.find_undeclared_variables(environment.parse(template))
-    except jinja2.TemplateSyntaxError:  # a template with tags of its own, such as `generation`
-        return {name for name in SWITCHES if name in template}
-
-
-def _turn(role: str, content: str) -> dict[str, Any]:
-    return {"role": role, "content": content}
+def _joined(system: str, prompt: str) -> str:
+    return f"{system}\n\n{prompt}" if system else prompt

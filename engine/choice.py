@@ -1,9 +1,9 @@
-"""Which token greedy decoding picks: what `generate(do_sample=False)` would."""
+"""Which token greedy decoding picks, and which ones end it, as `generate(do_sample=False)` does."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -83,3 +83,21 @@ class Chooser:
 def ignored_settings(config: GenerationConfig | None) -> list[str]:
     """The settings of a generation_config that `Choice` leaves out and that change tokens."""
     return [name for name in CHANGING if getattr(config, name, None)]
+
+
+def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Every token that ends an answer: the generation_config's, or else the tokenizer's."""
+    given = getattr(model.generation_config, "eos_token_id", None)
+    if given is None:
+        given = tokenizer.eos_token_id
+    if given is None:
+        return frozenset()
+    return frozenset([given] if isinstance(given, int) else given)
+
+
+def until(tokens: list[int], ends: frozenset[int]) -> tuple[list[int], bool]:
+    """The tokens before the first end token, and whether there is one."""
+    for place, token in enumerate(tokens):
+        if token in ends:
+            return tokens[:place], True
+    return list(tokens), False

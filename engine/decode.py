@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from engine.choice import Choice
+from engine.choice import Choice, end_tokens, until
 from engine.errors import EngineError
+from engine.loading.placement import input_device
 from engine.memory import (
     Shape,
     decode_row,
@@ -65,6 +66,8 @@ class Decoder:
 
     opening   tokens of the response prefix that belong to the answer's text
     limit     rows at once at most; halved for good when memory runs out
+    pads      whether rows of different lengths may share a batch (`engine.shortcuts`)
+    caches    whether a step reads the newest token alone; else all tokens again
     """
 
     def __init__(
@@ -73,17 +76,20 @@ class Decoder:
         tokenizer: Any,
         patch: Patch | None,
         opening: Sequence[int] = (),
+        limit: int | None = None,
     ) -> None:
         self.model, self.tokenizer, self.patch = model, tokenizer, patch
         self.opening = list(opening)
         self.batch_size = 1
-        self.limit: int | None = None
-        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.limit = limit
+        self.pads = self.caches = True
+        self.device = input_device(model)
         known = inspect.signature(model.forward).parameters
         self._takes = {n for n in ("position_ids", "logits_to_keep") if n in known}
+        self._cache_name = "cache_params" if "cache_params" in known else "past_key_values"
         self.text_config = model.config.get_text_config(decoder=True)
         self.choice = Choice.of(model.generation_config)
-        self.ends = _end_tokens(model, tokenizer)
+        self.ends = end_tokens(model, tokenizer)
         pad = tokenizer.pad_token_id
         self.pad = int(pad) if pad is not None else min(self.ends, default=0)
 
@@ -91,7 +97,7 @@ class Decoder:
         """Set `batch_size` for prompts of up to `prompt` tokens and `new` tokens of answer."""
         shape = Shape.of(self.model.config, self.model.dtype.itemsize)
         fit = fitting_rows(free_bytes(self.device), decode_row(shape, prompt, new), self.device)
-        self.batch_size = fit if self.limit is None else min(fit, self.limit)
+        self.batch_size = min(fit, self.limit or fit) if self.pads else 1
         return self.batch_size
 
     @torch.inference_mode()
@@ -162,6 +168,15 @@ class Decoder:
         else:
             self.patch.select(list(edits), torch.tensor(rows, device=self.device))
 
+    @contextmanager
+    def edited(self, edit: Edit | None) -> Iterator[None]:
+        """Within the block every row of all forwards uses `edit`; None: the original."""
+        self.select([] if edit is None else [edit], [ORIGINAL if edit is None else 0])
+        try:
+            yield
+        finally:
+            self.select([], [])  # no edit stays behind
+
     def padded(self, inputs: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Token ids and mask, (rows, longest), int64, padded on the left, on the model's device."""
         width = max(map(len, inputs))
@@ -169,17 +184,22 @@ class Decoder:
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in inputs])
         return ids.to(self.device), mask.to(self.device)
 
-    def forward(self, ids: Tensor, mask: Tensor, keep: int, **more: Any) -> Any:
+    def forward(self, ids: Tensor, mask: Tensor, keep: int, cache: Any = None) -> Any:
         """One forward of `ids` (rows, t) under `mask` (rows, t and what the cache holds).
 
         Logits of the last `keep` positions where the model can be asked for them, else of all.
         """
+        more: dict[str, Any] = {"use_cache": cache is not None}
+        if cache is not None:
+            more[self._cache_name] = cache
+        # Mamba's own kind of cache wants the mask of the new tokens alone.
+        seen = mask if self._cache_name == "past_key_values" else mask[:, -ids.shape[1] :]
         if "position_ids" in self._takes:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             more["position_ids"] = positions[:, -ids.shape[1] :]
         if "logits_to_keep" in self._takes:
             more["logits_to_keep"] = keep
-        return self.model(input_ids=ids, attention_mask=mask, **more)
+        return self.model(input_ids=ids, attention_mask=seen, **more)
 
     def _batch(
         self,
@@ -197,8 +217,8 @@ class Decoder:
         ids, mask = self.padded([rows[index].ids for index in live])
         self._select_used(edits, [rows[index].edit for index in live])
         choose = self.choice.start(ids, mask, self.text_config.vocab_size)
-        cache: Any = DynamicCache(config=self.text_config)
-        output = self.forward(ids, mask, 1, past_key_values=cache, use_cache=True)
+        cache: Any = DynamicCache(config=self.text_config) if self.caches else None
+        output = self.forward(ids, mask, 1, cache)
 
         tokens: dict[int, list[int]] = {index: [] for index in live}
         fresh: list[Tensor] = []
@@ -226,14 +246,16 @@ class Decoder:
                 if len(live) - len(kept) >= DROP_SHARE * len(live):
                     live = [live[b] for b in kept]
                     places = torch.tensor(kept, device=self.device)
-                    newest, mask = newest[places], mask[places]
-                    cache.reorder_cache(places)  # an index_select: good for dropping rows as well
+                    ids, newest, mask = ids[places], newest[places], mask[places]
+                    if cache is not None:
+                        cache.reorder_cache(places)  # an index_select: good for dropping rows too
                     choose.keep(places)
                     if self.patch is not None:
                         self.patch.keep(places)
             # 5. one forward of one token a row
             mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-            output = self.forward(newest[:, None], mask, 1, past_key_values=cache, use_cache=True)
+            ids = newest[:, None] if self.caches else torch.cat([ids, newest[:, None]], dim=1)
+            output = self.forward(ids, mask, 1, cache)
 
     def _select_used(self, edits: Sequence[Edit], rows: list[int]) -> None:
         """Select only those of `edits` that a batch uses: each costs memory in every writer."""
@@ -246,7 +268,7 @@ class Decoder:
     ) -> Iterator[tuple[int, Answer]]:
         """The answers so far of the rows that are not done, in one detokenisation."""
         open_rows = [index for index in live if index not in done]
-        cut = [_until(tokens[index], self.ends) for index in open_rows]
+        cut = [until(tokens[index], self.ends) for index in open_rows]
         texts = self.texts([self.opening + answer for answer, _ in cut])
         for index, (answer, ended), text in zip(open_rows, cut, texts, strict=True):
             yield index, Answer(answer, text, ended)
@@ -276,21 +298,3 @@ class Decoder:
         if self.device.type == "cpu":
             return 2
         return 4 if step <= 64 else 16
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Every token that ends an answer: the generation_config's, or else the tokenizer's."""
-    given = getattr(model.generation_config, "eos_token_id", None)
-    if given is None:
-        given = tokenizer.eos_token_id
-    if given is None:
-        return frozenset()
-    return frozenset([given] if isinstance(given, int) else given)
-
-
-def _until(tokens: list[int], ends: frozenset[int]) -> tuple[list[int], bool]:
-    """The tokens before the first end token, and whether there is one."""
-    for place, token in enumerate(tokens):
-        if token in ends:
-            return tokens[:place], True
-    return list(tokens), False

@@ -1,52 +1,64 @@
-"""The edit of one writer: ENGINE.md's table, as scalings and a rank-one term.
+"""The edit of one writer as its hooks apply it: scalings, a term of rank k and a bias.
 
-W (d, n) is a writer, v (d) a unit direction, λ its strength, N (d) the row norms, Ŵ = W/N,
-u = vᵀŴ (n), t = vᵀW (n). Every mode is
+W (d, n) is a writer, V (k, d) its directions, λ the strength, N (d) the row norms, Ŵ = W/N,
+u = V Ŵ, t = V W, both (k, n). Every mode of ENGINE.md's table is
 
-    y' = s∘(W(c∘x)) + a (u·x) + bias
+    y' = s∘(W(c∘x)) + a (u x) + b + bias
 
-so a candidate is a few vectors and no weight is touched. `formula` is the slow twin.
+so a candidate is a few vectors and no weight is touched. `engine.change.formula` is the slow twin.
+Stacks of experts have no module of their own to hook: their change is made in place.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from engine.anatomy import Anatomy
+from engine.anatomy import Anatomy, Writer
+from engine.ara import Solution, solve, summary
+from engine.change import TINY, Change, Projection, Update, norm
 from engine.directions import Directions
 from engine.errors import EngineError
-from jobs.spec.candidate import Candidate, EditMode
+from engine.report import Report
+from engine.samples import Samples
+from jobs.spec.candidate import Ablation, Ara, Recipe
 
-TINY = 1e-30
-STRIP = 128  # rows of a large weight that are held in float64 at once
+REMEMBERED = 4  # candidates of ARA whose changes are kept
 
 
 @dataclass(frozen=True)
-class RankOne:
-    """One writer's edit: s (d) or None for ones, c (n) or None for ones, a (d), u (n); float32."""
+class Term:
+    """One writer's edit: s (d), c (n) and b (d) or None; a (d, k), u (k, n); float32."""
 
     s: Tensor | None
     c: Tensor | None
     a: Tensor
     u: Tensor
+    b: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One candidate's edit: an entry per writer, in the anatomy's order; None where λ = 0."""
+    """One candidate's edit: an entry per writer, in the anatomy's order; None where nothing is.
 
-    writers: tuple[RankOne | None, ...]
+    terms    for the hooks; None also where the writer is edited in place
+    changes  of every edited writer, hooked or not
+    """
+
+    terms: tuple[Term | None, ...]
+    changes: tuple[Change | None, ...]
 
 
 @dataclass(frozen=True)
 class Basis:
-    """What a writer's edits are made of, for all directions R (L, d); linear in v, float32.
+    """What a writer's terms are made of, for directions R (K, d); linear in R, float32.
 
     N (d)  row norms         columns (n)  column norms
-    u (L, n)  R Ŵ            Wu (L, d)    Ŵ u, row k for direction k         t (L, n)  R W
+    u (K, n)  R Ŵ            Wu (K, d)    Ŵ u, row k for direction k         t (K, n)  R W
     """
 
     N: Tensor
@@ -56,154 +68,192 @@ class Basis:
     t: Tensor
 
 
-def _norm(M: Tensor, dim: int) -> Tensor:
-    """Euclidean norms along `dim`."""
-    norms: Tensor = torch.linalg.vector_norm(M, dim=dim)
-    return norms
-
-
 def basis(W: Tensor, R: Tensor) -> Basis:
-    """The basis of a weight W (d, n) for directions R (L, d); one pass over the weight."""
+    """The basis of a weight W (d, n) for directions R (K, d); one pass over the weight."""
     W, R = W.float(), R.to(W.device, torch.float32)
-    N, columns = _norm(W, 1), _norm(W, 0)
+    N, columns = norm(W, 1), norm(W, 0)
     t = R @ W
     unit_rows = W / N.clamp_min(TINY)[:, None]
     u = R @ unit_rows
     return Basis(N=N, columns=columns, u=u, Wu=u @ unit_rows.T, t=t)
 
 
-def rank_one(
-    mode: EditMode, lam: float, v: Tensor, N: Tensor, columns: Tensor, u: Tensor, Wu: Tensor,
-    t: Tensor,
-) -> RankOne:  # fmt: skip
-    """One writer's edit from the vectors of its basis at v; O(d + n).
+def term(change: Change, b: Basis | None) -> Term:
+    """One writer's edit from its basis at the change's V (an Update needs none); O(k (d + n)).
 
-    none     W' = W − λ v tᵀ
-    pre      W' = W − λ (N∘v) uᵀ
-    full     W' = diag(s) W − λ (s∘N∘v) uᵀ,  s_i = 1/√(1 − 2λ v_i (Ŵ_i·u) + λ² v_i² ‖u‖²)
-    columns  W' = (I − λ v vᵀ) W diag(c),    c_j = 1/√(1 − (2λ−λ²)(v·ŵ_j)²)
+    none     W' = W − λ Vᵀt
+    pre      W' = W − λ (N∘Vᵀ) u
+    full     W' = diag(s) W − λ (s∘N∘Vᵀ) u,
+             s_i = 1/√(1 − 2λ Σ_j V_ji (Ŵ_i·u_j) + λ² Σ_jk V_ji V_ki (u_j·u_k))
+    columns  W' = (I − λ VᵀV) W diag(c),  c_j = 1/√(1 − 2λ‖t̂_j‖² + λ² t̂_jᵀ(V Vᵀ)t̂_j), t̂_j = V ŵ_j
     """
-    if mode == "none":
-        return RankOne(None, None, -lam * v, t)
-    if mode == "pre":
-        return RankOne(None, None, -lam * N * v, u)
-    if mode == "full":
+    if isinstance(change, Update):
+        return Term(None, None, change.B, change.A)
+    if b is None:
+        raise ValueError("a projection's term needs the writer's basis")
+    lam, bias = change.lam, change.bias()
+    V = change.V.to(b.N.device)
+    shift = None if bias is None else bias.to(b.N.device)
+    if change.mode == "none":
+        return Term(None, None, -lam * V.T, b.t, shift)
+    if change.mode == "pre":
+        return Term(None, None, -lam * b.N[:, None] * V.T, b.u, shift)
+    if change.mode == "full":
         # float64: near λ v_i ‖u‖ = 1 the terms cancel.
-        lv, uu = lam * v.double(), u.double().square().sum()
-        s = (1 - 2 * lv * Wu.double() + lv.square() * uu).clamp_min(TINY).rsqrt().float()
-        return RankOne(s, None, -lam * s * N * v, u)
-    cosine = t.double() / columns.double().clamp_min(TINY)
-    c = (1 - (2 * lam - lam * lam) * cosine.square()).clamp_min(1e-12).rsqrt().float()
-    return RankOne(None, c, -lam * v, c * t)
+        lv, u = lam * V.double(), b.u.double()
+        square = (lv * ((u @ u.T) @ lv)).sum(0) - 2 * (lv * b.Wu.double()).sum(0)
+        s = (1 + square).clamp_min(TINY).rsqrt().float()
+        return Term(s, None, -lam * (s * b.N)[:, None] * V.T, b.u, shift)
+    cosine = b.t.double() / b.columns.double().clamp_min(TINY)
+    gram = V.double() @ V.double().T
+    square = (cosine * (lam * lam * gram @ cosine - 2 * lam * cosine)).sum(0)
+    c = (1 + square).clamp_min(1e-12).rsqrt().float()
+    return Term(None, c, -lam * V.T, c * b.t, shift)
 
 
 class EditBuilder:
-    """Makes edits from candidates; each writer's weight is read once per kind of direction.
+    """Makes edits from candidates.
 
-    A candidate then costs O(d + n) per writer. The bases take 4 L (d + 2n) bytes per writer.
+    For a single direction per layer each writer's weight is read once per recipe, and a candidate
+    then costs O(d + n) per writer; these bases take 4 L (d + 2n) bytes per writer. Several
+    directions or biprojected ones cost one pass over the weights per candidate, ARA its
+    optimisation: the changes of the last REMEMBERED candidates are kept.
     """
 
-    def __init__(self, anatomy: Anatomy, directions: Directions) -> None:
-        """`directions` must have been measured on the model of `anatomy`."""
-        if directions.layers != anatomy.layers or directions.raw.shape[1] != anatomy.hidden:
+    def __init__(
+        self, anatomy: Anatomy, directions: Directions, samples: Samples | None = None
+    ) -> None:
+        """`directions` and `samples` must have been measured on the model of `anatomy`."""
+        if directions.layers != anatomy.layers or directions.hidden != anatomy.hidden:
             raise EngineError("bad_request", "the directions belong to another model")
         self.anatomy = anatomy
         self.directions = directions
-        self._bases: dict[bool, list[Basis]] = {}
+        self.samples = samples or Samples()
+        self._bases: dict[Recipe, list[Basis | None]] = {}
+        self._solved: OrderedDict[Ara, tuple[Solution | None, ...]] = OrderedDict()
 
-    def bases(self, projected: bool) -> list[Basis]:
-        """The basis of every writer; computed at the first call for this kind."""
-        if projected not in self._bases:
-            rows = self.directions.table(projected)
-            self._bases[projected] = [basis(w.weight(), rows) for w in self.anatomy.writers]
-        return self._bases[projected]
+    def bases(self, recipe: Recipe, report: Report | None = None) -> list[Basis | None]:
+        """The basis of every hooked writer; computed at the first call for this recipe."""
+        if recipe not in self._bases:
+            rows = self.directions.axes(recipe).vectors[:, 0]
+            found: list[Basis | None] = []
+            for writer in self.anatomy.writers:
+                if report is not None:
+                    report.progress("edit bases", len(found), len(self.anatomy.writers))
+                found.append(basis(writer.weight(), rows) if writer.hooked else None)
+            self._bases[recipe] = found
+        return self._bases[recipe]
 
-    def build(self, candidate: Candidate) -> Edit:
-        """The edit of `candidate`. Raises `bad_request` for an index beyond the layers."""
+    def warm(self, recipes: Sequence[Recipe], report: Report | None = None) -> None:
+        """Compute now the bases that many candidates will share: not those of other positions,
+        each of which a selection uses once."""
+        for recipe in recipes:
+            if _interpolates(recipe) and recipe.position == -1:
+                self.bases(recipe, report)
+
+    def solutions(
+        self, candidate: Ara, report: Report | None = None
+    ) -> tuple[Solution | None, ...]:
+        """ARA's change of each writer; None outside of its layers and for stacks of experts.
+
+        The same candidate gives the same bits whatever came before. Raises `bad_request` where the
+        engine was not prepared for it or the layers do not exist.
+        """
+        known = self.samples.ara
+        if known is None:
+            raise EngineError(
+                "bad_request",
+                "ara: the writers' inputs and outputs were not sampled",
+                "Say so when preparing.",
+            )
+        if not candidate.start <= candidate.end <= self.anatomy.layers:
+            raise EngineError(
+                "bad_request",
+                f"start, end: {candidate.start} to {candidate.end} is no range of the "
+                f"{self.anatomy.layers} layers",
+                f"Give 0 ≤ start ≤ end ≤ {self.anatomy.layers}.",
+            )
+        if candidate not in self._solved:
+            wanted = range(candidate.start, candidate.end)
+            found: list[Solution | None] = []
+            for writer, sample in zip(self.anatomy.writers, known, strict=True):
+                if report is not None:
+                    report.progress("ara", len(found), len(known))
+                if sample is None or writer.layer not in wanted:
+                    found.append(None)
+                else:
+                    found.append(solve(sample, candidate, _device(writer)))
+            self._solved[candidate] = tuple(found)
+            if len(self._solved) > REMEMBERED:
+                self._solved.popitem(last=False)
+            if report is not None:
+                report.log(*summary(found))
+        self._solved.move_to_end(candidate)
+        return self._solved[candidate]
+
+    def changes(
+        self, candidate: Ablation | Ara, report: Report | None = None
+    ) -> tuple[Change | None, ...]:
+        """What `candidate` does to each writer. Raises `bad_request` for an index beyond the
+        layers and for what was not prepared: a recipe, affine's means, ARA's samples."""
+        if isinstance(candidate, Ara):
+            solved = self.solutions(candidate, report)
+            return tuple(None if s is None or s.effective == 0 else s.update for s in solved)
+        vectors = self.directions.of(candidate)
+        means = self.samples.means if candidate.affine else None
+        if candidate.affine and means is None:
+            raise EngineError(
+                "bad_request",
+                "affine: the harmless means of the writers' outputs were not measured",
+                "Say so when preparing.",
+            )
+        return tuple(
+            self._projection(candidate, writer, vectors, None if means is None else means[number])
+            for number, writer in enumerate(self.anatomy.writers)
+        )
+
+    def build(self, candidate: Ablation | Ara, report: Report | None = None) -> Edit:
+        """The edit of `candidate`; raises what `changes` raises."""
+        changes = self.changes(candidate, report)
+        made: list[Term | None] = []
+        for number, (writer, change) in enumerate(zip(self.anatomy.writers, changes, strict=True)):
+            if change is None or not writer.hooked:
+                made.append(None)
+            elif isinstance(change, Update) or not isinstance(candidate, Ablation):
+                made.append(term(change, None))
+            else:
+                made.append(term(change, self._basis(candidate, number, change)))
+        return Edit(tuple(made), changes)
+
+    def _projection(
+        self, candidate: Ablation, writer: Writer, vectors: Tensor, mean: Tensor | None
+    ) -> Projection | None:
+        lam = candidate.kernel(writer.component).weight(writer.layer)
+        if not lam:
+            return None
+        V = vectors[writer.layer]
+        return Projection(V, lam, candidate.mode, None if mean is None else V @ mean)
+
+    def _basis(self, candidate: Ablation, number: int, change: Projection) -> Basis:
+        """The basis at the change's V: interpolated where that is exact."""
+        writer = self.anatomy.writers[number]
+        if not _interpolates(candidate.recipe):
+            return basis(writer.weight(), change.V)
         mixture = self.directions.mixture(candidate)
-        directions = self.directions.of(candidate)
-        found: list[RankOne | None] = []
-        for writer, b in zip(self.anatomy.writers, self.bases(candidate.projected), strict=True):
-            lam = candidate.kernel(writer.component).weight(writer.layer)
-            if lam == 0:
-                found.append(None)
-                continue
-            rows = (writer.layer, writer.layer, 1.0, 0.0) if mixture is None else mixture
-            low, high, wa, wb = rows
-            u, Wu, t = (wa * m[low] + wb * m[high] for m in (b.u, b.Wu, b.t))
-            v = directions[writer.layer].to(b.N.device)
-            found.append(rank_one(candidate.mode, lam, v, b.N, b.columns, u, Wu, t))
-        return Edit(tuple(found))
+        low, high, wa, wb = (writer.layer, writer.layer, 1.0, 0.0) if mixture is None else mixture
+        whole = self.bases(candidate.recipe)[number]
+        assert whole is not None
+        u, Wu, t = ((wa * m[low] + wb * m[high])[None] for m in (whole.u, whole.Wu, whole.t))
+        return Basis(whole.N, whole.columns, u, Wu, t)
 
 
-def formula(W: Tensor, v: Tensor, lam: float, mode: EditMode) -> Tensor:
-    """W' (d, n) in float64 by the literal formula: the twin of `rank_one`."""
-    W, v = W.double(), v.to(W.device, torch.float64)
-    if mode == "none":
-        return W - lam * torch.outer(v, v @ W)
-    if mode == "columns":
-        norms = _norm(W, 0)
-        unit_columns = W / norms.clamp_min(TINY)
-        turned = unit_columns - lam * torch.outer(v, v @ unit_columns)
-        return norms * turned / _norm(turned, 0).clamp_min(TINY)
-    N = _norm(W, 1)[:, None]
-    unit_rows = W / N.clamp_min(TINY)
-    turned = unit_rows - lam * torch.outer(v, v @ unit_rows)
-    if mode == "pre":
-        return N * turned
-    return N * turned / _norm(turned, 1)[:, None].clamp_min(TINY)
+def _interpolates(recipe: Recipe) -> bool:
+    """Whether a candidate's basis is a mixture of two layers' bases: one direction, taken as is."""
+    single = recipe.subspace == "single" or recipe.count == 1
+    return single and recipe.projection != "biprojected"
 
 
-def _strips(d: int, rows: int) -> list[slice]:
-    return [slice(k, min(k + rows, d)) for k in range(0, d, rows)]
-
-
-@dataclass(frozen=True)
-class Sums:
-    """One pass over a weight, all float64: N (d) row norms, squares (n) = columns², t, u (n)."""
-
-    N: Tensor
-    squares: Tensor
-    t: Tensor
-    u: Tensor
-
-
-def sums(W: Tensor, v: Tensor, rows: int = STRIP) -> Sums:
-    """The sums of W (d, n), any float dtype, for one v (d); a strip of float64 at a time."""
-    v = v.to(W.device, torch.float64)
-    d, n = W.shape
-    N = torch.zeros(d, dtype=torch.float64, device=W.device)
-    squares = torch.zeros(n, dtype=torch.float64, device=W.device)
-    both = torch.zeros(2, n, dtype=torch.float64, device=W.device)
-    for strip in _strips(d, rows):
-        w = W[strip].double()
-        square = w.square()
-        N[strip] = square.sum(1).sqrt()
-        squares += square.sum(0)
-        both += torch.stack([v[strip], v[strip] / N[strip].clamp_min(TINY)]) @ w
-    t, u = both
-    return Sums(N, squares, t, u)
-
-
-def rewrite(W: Tensor, v: Tensor, lam: float, mode: EditMode, rows: int = STRIP) -> Tensor:
-    """`formula` for a large weight: float64 in strips of `rows` rows, the result in W's dtype.
-
-    W (d, n) of any float dtype. Besides W and the result it needs a few strips of float64.
-    """
-    v = v.to(W.device, torch.float64)
-    whole = sums(W, v, rows)
-    kept = whole.squares - (2 * lam - lam * lam * v.square().sum()) * whole.t.square()
-    c = (whole.squares / kept.clamp_min(1e-12 * whole.squares).clamp_min(TINY)).sqrt()
-    new = torch.empty_like(W)
-    for strip in _strips(W.shape[0], rows):
-        w = W[strip].to(torch.float64, copy=True)  # changed in place below
-        if mode in ("none", "columns"):
-            w.addr_(v[strip], whole.t, alpha=-lam)
-        else:  # N∘(Ŵ − λ v uᵀ) = W − λ (N∘v) uᵀ
-            w.addr_(whole.N[strip] * v[strip], whole.u, alpha=-lam)
-        if mode == "columns":
-            w *= c
-        elif mode == "full":
-            w *= (whole.N[strip] / _norm(w, 1).clamp_min(TINY))[:, None]
-        new[strip] = w.to(W.dtype)
-    return new
+def _device(writer: Writer) -> torch.device:
+    """Where the writer's weight is; the CPU for one that is fetched when it is used."""
+    device = next(writer.module.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device

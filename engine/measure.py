@@ -61,24 +61,30 @@ def _measure(folder: Path, ready: Ready, request: Export, report: Report) -> dic
     report.progress("measure", 0, 0, "loading the artifact")
     if request.kind == "merged":
         if quantised:
-            original, tokenizer = load_folder(loaded.source, loaded.device, loaded.dtype)
-            roles = _read_again(Decoder(original, tokenizer, None), roles, ready, report)
+            original, tokenizer = load_folder(
+                loaded.source, loaded.device, loaded.dtype, ready.request.device_map
+            )
+            roles = _read_again(_decoder(original, tokenizer, ready), roles, ready, report)
             del original
             release()
-        model, tokenizer = load_folder(folder, loaded.device, loaded.dtype)
+        model, tokenizer = load_folder(
+            folder, loaded.device, loaded.dtype, ready.request.device_map
+        )
     else:
         from peft import PeftModel
         from peft.helpers import DoraCaching
 
-        base, tokenizer = load_folder(loaded.source, loaded.device, loaded.dtype)
+        base, tokenizer = load_folder(
+            loaded.source, loaded.device, loaded.dtype, ready.request.device_map
+        )
         if quantised:
-            roles = _read_again(Decoder(base, tokenizer, None), roles, ready, report)
+            roles = _read_again(_decoder(base, tokenizer, ready), roles, ready, report)
         adapted = PeftModel.from_pretrained(base, folder).eval()
         model = adapted.get_base_model()  # the plain model with PEFT's layers in place
         caching = DoraCaching()  # otherwise DoRA computes its norms anew for every token
     _same_tokens(tokenizer, ready)
 
-    decoder = Decoder(model, tokenizer, None, ready.decoder.opening)
+    decoder = _decoder(model, tokenizer, ready)
     found: dict[Role, Scores] = {}
     new = ready.request.max_new_tokens
     with caching:
@@ -102,6 +108,13 @@ def _read_again(
         counts = [len(states) for states in known.states]
         found[role] = replace(prompts, reference=reread(decoder, known.inputs, counts, report))
     return found
+
+
+def _decoder(model: Any, tokenizer: Any, ready: Ready) -> Decoder:
+    """A decoder of the same architecture, with the shortcuts that it bears."""
+    made = Decoder(model, tokenizer, None, ready.decoder.opening)
+    made.pads, made.caches = ready.decoder.pads, ready.decoder.caches
+    return made
 
 
 def _same_tokens(tokenizer: Any, ready: Ready) -> None:

@@ -1,4 +1,7 @@
-"""The model with an edit, without touching a weight: hooks that scale and add a rank-one term."""
+"""The model with an edit: hooks that scale and add a rank-k term, and no weight is touched.
+
+Only writers without a module of their own, such as stacks of experts, are rewritten in place.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,20 @@ import torch
 from torch import LongTensor, Tensor, nn
 
 from engine.anatomy import Anatomy
-from engine.edit import Edit, RankOne
+from engine.change import Change
+from engine.edit import Edit, Term
 from engine.errors import EngineError
+from engine.in_place import Rewritten, place_of, same
+from engine.loading.placement import device_of
 
 
 class _Hooked:
-    """The hooks of one writer: y' = s∘(W(c∘x)) + a (u·x) + bias for K edits.
+    """The hooks of one writer: y' = s∘(W(c∘x)) + a (u x) + b + bias for K edits of rank k.
 
-    u·x is one product in the model's dtype (its sums are float32 inside), the rest is float32.
-    a is scaled to max 1 and u by the inverse, so that u·x stays in float16's range wherever the
-    writer's own output does. Shapes: s, a (K, d); c (K, n); u (n, K); rows (B) or None for K = 1.
+    u x is one product in the model's dtype (its sums are float32 inside), the rest is float32.
+    a is scaled to max 1 and u by the inverse, so that u x stays in float16's range wherever the
+    writer's own output does. Shapes: s (K, d); c (K, n); a (K, k, d); u (n, K·k); rows (B) or None
+    for K = 1. Edits of smaller rank are filled up with zeros.
     """
 
     def __init__(self, module: nn.Module, bias: Tensor | None) -> None:
@@ -29,14 +36,15 @@ class _Hooked:
         self.c: Tensor | None = None
         self.a = self.u = torch.empty(0)
         self.rows: Tensor | None = None
-        self.shift: Tensor | None = None  # (1−s)∘bias (K, d)
+        self.rank = 1
+        self.shift: Tensor | None = None  # b + (1−s)∘bias (K, d)
         self.product: Tensor | None = None
         self.handles: list[Any] = [
             module.register_forward_pre_hook(self.before),
             module.register_forward_hook(self.after),
         ]
 
-    def select(self, edits: Sequence[RankOne | None], rows: Tensor | None, like: Tensor) -> None:
+    def select(self, edits: Sequence[Term | None], rows: Tensor | None, like: Tensor) -> None:
         """Stack the edits; None is the original. `like` gives the device and the dtype."""
         self.active = any(e is not None for e in edits)
         self.rows = rows
@@ -44,28 +52,30 @@ class _Hooked:
         if not self.active:
             return
         known = next(e for e in edits if e is not None)
-        d, n = known.a.numel(), known.u.numel()
+        d, n = known.a.shape[0], known.u.shape[1]
+        self.rank = max(e.a.shape[1] for e in edits if e is not None)
 
-        def stack(vectors: list[Tensor | None], size: int, empty: float) -> Tensor:
-            filled = [
-                v.to(like.device, torch.float32)
-                if v is not None
-                else torch.full((size,), empty, device=like.device)
-                for v in vectors
-            ]
-            return torch.stack(filled)
+        def stack(vectors: list[Tensor | None], shape: tuple[int, ...], empty: float) -> Tensor:
+            filled = torch.full((len(vectors), *shape), empty, device=like.device)
+            for place, v in enumerate(vectors):
+                if v is not None:
+                    filled[place][tuple(slice(size) for size in v.shape)] = v
+            return filled
 
-        a = stack([e.a if e else None for e in edits], d, 0.0)
-        u = stack([e.u if e else None for e in edits], n, 0.0)
-        peak = a.abs().amax(1, keepdim=True)
+        a = stack([e.a.T if e else None for e in edits], (self.rank, d), 0.0)
+        u = stack([e.u if e else None for e in edits], (self.rank, n), 0.0)
+        peak = a.abs().amax(-1, keepdim=True)
         peak = torch.where(peak > 0, peak, torch.ones_like(peak))
-        self.a, self.u = a / peak, (u * peak).T.contiguous().to(like.dtype)
+        self.a, self.u = a / peak, (u * peak).flatten(0, 1).T.contiguous().to(like.dtype)
+        if any(e is not None and e.b is not None for e in edits):
+            self.shift = stack([e.b if e else None for e in edits], (d,), 0.0)
         if any(e is not None and e.s is not None for e in edits):
-            self.s = stack([e.s if e else None for e in edits], d, 1.0)
+            self.s = stack([e.s if e else None for e in edits], (d,), 1.0)
             if self.bias is not None:
-                self.shift = (1 - self.s) * self.bias.to(like.device, torch.float32)
+                kept = (1 - self.s) * self.bias.to(like.device, torch.float32)
+                self.shift = kept if self.shift is None else self.shift + kept
         if any(e is not None and e.c is not None for e in edits):
-            self.c = stack([e.c if e else None for e in edits], n, 1.0).to(like.dtype)
+            self.c = stack([e.c if e else None for e in edits], (n,), 1.0).to(like.dtype)
 
     def clear(self) -> None:
         """The original module."""
@@ -92,61 +102,93 @@ class _Hooked:
         return self.rows.repeat_interleave(per) if per > 1 else self.rows
 
     def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """Take u·x (B, T, 1) of the original input; scale the input where an edit has c."""
+        """Take u x (B, T, k) of the original input; scale the input where an edit has c."""
         if not self.active:
             return None
         x = args[0]
         product = x @ self.u if x.dtype == self.u.dtype else x.to(self.u.dtype) @ self.u
         if self.rows is not None:
             index = self._rows_of(x)
-            index = index.view(-1, *([1] * (product.dim() - 1))).expand(*product.shape[:-1], 1)
-            product = product.gather(-1, index)
+            product = product.view(*product.shape[:-1], -1, self.rank)  # (B, T, K, k)
+            index = index.view(-1, *([1] * (product.dim() - 1)))
+            product = product.gather(-2, index.expand(*product.shape[:-2], 1, self.rank))[..., 0, :]
         self.product = product
         return None if self.c is None else (x * self.pick(self.c, x), *args[1:])
 
     def after(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
-        """Scale the output and add the rank-one term."""
+        """Scale the output and add the rank-k term and the bias."""
         if not self.active or self.product is None:
             return None
         product, self.product = self.product.float(), None
         edited = y.float() if self.s is None else y * self.pick(self.s, y)
-        edited = torch.addcmul(edited, product, self.pick(self.a, y))
+        edited = self._added(edited, product, y)
         if self.shift is not None:
             edited += self.pick(self.shift, y)
         return edited.to(y.dtype)
 
+    def _added(self, edited: Tensor, product: Tensor, y: Tensor) -> Tensor:
+        """edited + a (u x): product (B, T, k) or (B·T, k)."""
+        if self.rank == 1:
+            return torch.addcmul(edited, product, self.pick(self.a[:, 0], y))
+        if self.rows is None:
+            return edited + product @ self.a[0]
+        picked = self.a[self._rows_of(y)]  # (B, k, d)
+        flat = product if product.dim() == 3 else product[:, None]
+        return edited + torch.bmm(flat, picked).view_as(edited)
+
 
 class Patch:
-    """One pair of hooks per writer, installed once; the context manager removes them.
+    """The edits of a model: a pair of hooks per writer, and weights that are rewritten in place.
 
     patch.select([edit], None)              every row gets `edit`
     patch.select(edits, rows)               row b gets edits[rows[b]]; -1 is the original
     patch.clear()                           the original model
+
+    The context manager removes the hooks and restores the weights. Writers without a module of
+    their own (stacks of experts) are rewritten, for all rows alike: see `batches`.
     """
 
     def __init__(self, anatomy: Anatomy) -> None:
         """Install inactive hooks: the model stays what it is until `select`."""
-        self._writers = [_Hooked(w.module, w.bias()) for w in anatomy.writers]
-        # What the module computes in: the blocks' norms tell, packed weights do not.
-        self._like: list[Tensor] = [_plain(anatomy.blocks[w.layer]) for w in anatomy.writers]
+        self._hooked: list[tuple[int, _Hooked, Tensor]] = []
+        self._in_place: list[tuple[int, Rewritten]] = []
+        for k, w in enumerate(anatomy.writers):
+            if w.hooked:
+                # What the module computes in: the block's norms tell, packed weights do not.
+                like = _plain(anatomy.blocks[w.layer])
+                self._hooked.append((k, _Hooked(w.module, w.bias()), like))
+            else:
+                self._in_place.append((k, Rewritten(w)))
         self._rows: Tensor | None = None
+        self._places: dict[torch.device, torch.device] = {}
+
+    @property
+    def batches(self) -> bool:
+        """Whether different edits may share a batch: not where weights are rewritten in place."""
+        return not self._in_place
 
     def select(self, edits: Sequence[Edit], rows: LongTensor | Tensor | None = None) -> None:
-        """Use `edits` in the next forwards; `rows` (B) as in the class's table."""
+        """Use `edits` in the next forwards; `rows` (B) as in the class's table.
+
+        Raises bad_request for rows beyond the edits, and where rows of one batch differ in a
+        weight that is rewritten in place.
+        """
         if not edits:
             self.clear()
             return
         shared = rows is None or (len(edits) == 1 and bool((rows == 0).all()))
         if rows is not None and bool((rows >= len(edits)).any() | (rows < -1).any()):
             raise EngineError("bad_request", f"rows must lie in -1..{len(edits) - 1}")
+        used = [0] if rows is None else sorted(set(rows.tolist()))
+        self._rewrite([edits[edit] if edit >= 0 else None for edit in used])
         self._rows = None if rows is None else rows.clone()
-        for k, (hooked, like) in enumerate(zip(self._writers, self._like, strict=True)):
+        for k, hooked, like in self._hooked:
             if shared:
-                hooked.select([edits[0].writers[k]], None, like)
+                hooked.select([edits[0].terms[k]], None, like)
                 continue
             assert rows is not None
             # The original is edit number K.
-            entries = [*(e.writers[k] for e in edits), None]
+            entries = [*(e.terms[k] for e in edits), None]
             index = torch.where(rows < 0, len(edits), rows).to(like.device)
             hooked.select(entries, index, like)
 
@@ -156,7 +198,7 @@ class Patch:
             return
         self._rows = self._rows[index.to(self._rows.device)]
         moved: dict[torch.device, Tensor] = {}
-        for hooked in self._writers:
+        for _, hooked, _ in self._hooked:
             if hooked.rows is not None:
                 device = hooked.rows.device
                 if device not in moved:
@@ -166,16 +208,19 @@ class Patch:
     def clear(self) -> None:
         """Back to the original model."""
         self._rows = None
-        for hooked in self._writers:
+        for _, hooked, _ in self._hooked:
             hooked.clear()
+        self._rewrite([None])
 
     def close(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks, restore the weights and forget their originals."""
         self.clear()
-        for hooked in self._writers:
+        for _, hooked, _ in self._hooked:
             for handle in hooked.handles:
                 handle.remove()
             hooked.handles = []
+        for _, weight in self._in_place:
+            weight.forget()
 
     def __enter__(self) -> Patch:
         """The patch itself."""
@@ -187,17 +232,39 @@ class Patch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Remove the hooks."""
+        """Remove the hooks and restore the weights."""
         self.close()
+
+    def _rewrite(self, edits: list[Edit | None]) -> None:
+        """Let the weights hold the change on which all of `edits` agree; None: the original."""
+        wanted: list[Change | None] = []
+        for k, weight in self._in_place:
+            changes = [None if edit is None else edit.changes[k] for edit in edits]
+            if not all(same(change, changes[0]) for change in changes):
+                raise EngineError(
+                    "bad_request",
+                    f"{weight.writer.name} is edited in place: the rows of one batch cannot hold "
+                    "different edits of it",
+                    "Give every row of the batch the same edit.",
+                )
+            wanted.append(changes[0])
+        for (_, weight), change in zip(self._in_place, wanted, strict=True):
+            weight.select(change, self._place(weight.held.device))
+
+    def _place(self, device: torch.device) -> torch.device:
+        """Where the originals of this device's weights are kept; decided once."""
+        if device not in self._places:
+            self._places[device] = place_of([weight for _, weight in self._in_place], device)
+        return self._places[device]
 
 
 def _plain(block: nn.Module) -> Tensor:
-    """A tensor with the block's device and compute dtype: its first unpacked parameter.
+    """An empty tensor with the block's device and compute dtype: that of an unpacked parameter.
 
     float32 where all are packed (OLMo's norms have no weights): right for any input, if slower.
     """
     parameters = list(block.parameters())
     for parameter in parameters:
         if parameter.is_floating_point() and type(parameter) is nn.Parameter:
-            return parameter
-    return torch.empty(0, dtype=torch.float32, device=parameters[0].device)
+            return torch.empty(0, dtype=parameter.dtype, device=device_of(block))
+    return torch.empty(0, dtype=torch.float32, device=device_of(block))

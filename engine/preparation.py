@@ -3,33 +3,47 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from engine import directions, residuals
 from engine.anatomy import Anatomy, survey
-from engine.chat import Formatter, detect_prefix
+from engine.baseline import Baseline, baseline, response_prefix
+from engine.chat import Formatter
 from engine.choice import ignored_settings
-from engine.decode import Decoder, Row
+from engine.decode import Decoder
 from engine.directions import Directions
 from engine.edit import EditBuilder
 from engine.errors import EngineError
+from engine.geometry import geometry
 from engine.load import Loaded, load
+from engine.machine import driver_versions
 from engine.patch import Patch
 from engine.report import Report
-from engine.scorers import RoleSet, count
-from engine.scorers.kl import Divergence, Reference, measure_reference
+from engine.samples import collect_samples
+from engine.scorers import RoleSet
+from engine.scorers.further import Further
 from engine.scorers.refusals import Refusals
-from jobs.spec.protocol import Prepare, Prepared, Scored
+from engine.shortcuts import choose_shortcuts
+from engine.texts import check_texts, context_of, tokenised
+from jobs.spec.protocol import AnatomyReport, Geometry, Prepare, Prepared
 from jobs.spec.scores import Role
 
-PREFIX_PROMPTS = 100  # per side, whose answers show what all answers begin with
-PREFIX_TOKENS = 16
 FEW_REFUSALS = 0.2  # share of baseline refusals below which there is little to remove
-ROLES: tuple[Role, ...] = ("search", "heldout", "over_refusal")
+SIDES = ("direction_harmful", "direction_harmless")
+
+
+@dataclass(frozen=True)
+class Editing:
+    """What a model needs to be edited; a model that is only evaluated has none of it."""
+
+    anatomy: Anatomy
+    directions: Directions
+    builder: EditBuilder
+    geometry: Geometry
 
 
 @dataclass
@@ -38,14 +52,42 @@ class Ready:
 
     request: Prepare
     loaded: Loaded
-    anatomy: Anatomy
-    directions: Directions
-    builder: EditBuilder
     formatter: Formatter
     decoder: Decoder
     refusals: Refusals
-    roles: dict[Role, RoleSet]
     prepared: Prepared
+    editing_or_none: Editing | None = None
+    baseline: Baseline = field(default_factory=lambda: Baseline({}, {}, Further()))
+
+    @property
+    def editing(self) -> Editing:
+        """What edits need. Raises `bad_request` for a model prepared for another purpose."""
+        if self.editing_or_none is None:
+            raise EngineError(
+                "bad_request",
+                f"this model was prepared to {self.request.purpose}, not to be edited",
+            )
+        return self.editing_or_none
+
+    @property
+    def anatomy(self) -> Anatomy:
+        """The model's writers."""
+        return self.editing.anatomy
+
+    @property
+    def directions(self) -> Directions:
+        """The directions of all recipes."""
+        return self.editing.directions
+
+    @property
+    def builder(self) -> EditBuilder:
+        """What makes edits of candidates."""
+        return self.editing.builder
+
+    @property
+    def roles(self) -> dict[Role, RoleSet]:
+        """The prompts by role."""
+        return self.baseline.roles
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -80,47 +122,48 @@ def prepare(request: Prepare, report: Report) -> Ready:
     clock = Clock(report)
     check_texts(request)
 
-    # 1. the model and its writers
+    # 1. the model and, if it is to be edited, its writers
     with clock.phase("load"):
         loaded = load(request, report)
-    with clock.phase("anatomy"):
-        anatomy = survey(loaded.model)
+    anatomy: Anatomy | None = None
+    if request.purpose == "abliterate":
+        with clock.phase("anatomy"):
+            anatomy = survey(loaded.model, request.allow_partial)
 
     # 2. prompts as tokens; what all answers begin with
     formatter = Formatter(loaded.tokenizer, request.system_prompt)
-    decoder = Decoder(loaded.model, loaded.tokenizer, Patch(anatomy))
-    with clock.phase("response prefix"):
-        formatter.prefix = _prefix(formatter, decoder, request, report)
-        decoder.opening = formatter.opening()
-    prompts = tokenised(formatter, request, context_of(loaded))
-    longest = max(len(ids) for role in prompts.values() for ids in role)
+    patch = None if anatomy is None else Patch(anatomy)
+    decoder = Decoder(loaded.model, loaded.tokenizer, patch, limit=request.batch_size)
+    with clock.phase("shortcuts"):
+        slow = choose_shortcuts(decoder, formatter.ids("How do I mop the floor?"))
+    if request.purpose != "respond":
+        with clock.phase("response prefix"):
+            formatter.prefix = response_prefix(formatter, decoder, request, report)
+            decoder.opening = formatter.opening()
+    prompts = tokenised(formatter, request, context_of(loaded.model))
+    longest = max((len(ids) for role in prompts.values() for ids in role), default=1)
     batch_size = decoder.reserve(longest, request.max_new_tokens)
+    decoder.limit = batch_size  # the same rows share a batch from now on, whatever memory is free
     report.log(f"up to {batch_size} prompts at once, the longest has {longest} tokens")
 
     # 3. directions of refusal
-    with clock.phase("residuals"):
-        states = [
-            residuals.collect(loaded.model, anatomy, prompts[side], decoder.pad, report, batch_size)
-            for side in ("direction_harmful", "direction_harmless")
-        ]
-    with clock.phase("directions"):
-        found = directions.measure(*states)
-        del states
+    editing: Editing | None = None
+    if anatomy is not None:
+        editing = _editing(loaded, anatomy, decoder, prompts, request, clock, report)
 
     # 4. what the original does
-    with clock.phase("baseline"):
-        refusals = Refusals(request.markers)
-        roles, baseline = _baseline(decoder, prompts, refusals, request, report)
-    with clock.phase("edit bases"):
-        builder = EditBuilder(anatomy, found)
-        builder.bases(projected=True)
+    refusals = Refusals(request.markers)
+    found = Baseline({}, {}, Further())
+    if request.purpose != "respond":
+        with clock.phase("baseline"):
+            found = baseline(decoder, prompts, refusals, request, report)
 
-    warnings = [*loaded.warnings, *formatter.warnings, *_warnings(loaded, baseline)]
+    warnings = [*loaded.warnings, *formatter.warnings, *slow, *_warnings(loaded, found)]
     for warning in warnings:
         report.log(warning, "warning")
     prepared = Prepared(
         commit=loaded.commit,
-        anatomy=anatomy.report(),
+        anatomy=_nothing_edited(loaded) if anatomy is None else anatomy.report(),
         device=str(loaded.device),
         device_name=loaded.device_name,
         dtype=str(loaded.dtype).removeprefix("torch."),
@@ -129,119 +172,77 @@ def prepare(request: Prepare, report: Report) -> Ready:
         source_bytes=loaded.source_bytes,
         batch_size=batch_size,
         response_prefix=formatter.prefix,
-        baseline={role: scored.scores for role, scored in baseline.items()},
-        baseline_outcomes={role: scored.outcomes for role, scored in baseline.items()},
+        geometry=None if editing is None else editing.geometry,
+        baseline={role: scored.scores for role, scored in found.scored.items()},
+        baseline_outcomes={role: scored.outcomes for role, scored in found.scored.items()},
         seconds=clock.seconds,
-        versions=loaded.versions,
+        versions={**loaded.versions, **driver_versions(loaded.device)},
         warnings=warnings,
     )
-    return Ready(
-        request, loaded, anatomy, found, builder, formatter, decoder, refusals, roles, prepared
-    )
+    return Ready(request, loaded, formatter, decoder, refusals, prepared, editing, found)
 
 
-def check_texts(request: Prepare) -> None:
-    """Every role but over_refusal has prompts, and none is blank."""
-    for role, texts in request.prompts:
-        if not texts and role != "over_refusal":
-            raise EngineError(
-                "bad_prompts", f"{role}: there is no prompt", "Choose a prompt set with more lines."
-            )
-        for number, text in enumerate(texts, start=1):
-            if not text.strip():
-                raise EngineError(
-                    "bad_prompts", f"{role}: prompt {number} is blank", "Remove blank prompts."
-                )
-
-
-def tokenised(
-    formatter: Formatter, request: Prepare, context: int | None
-) -> dict[str, list[list[int]]]:
-    """The token ids of every role's prompts; `bad_prompts` for one without room to answer."""
-    found = {role: [formatter.ids(text) for text in texts] for role, texts in request.prompts}
-    for role, inputs in found.items():
-        for number, ids in enumerate(inputs, start=1):
-            check_length(f"{role}: prompt {number}", ids, request.max_new_tokens, context)
-    return found
-
-
-def check_length(name: str, ids: Sequence[int], new: int, context: int | None) -> None:
-    """Raise `bad_prompts` where prompt and answer exceed the model's context (None: unknown)."""
-    if context is not None and len(ids) + new > context:
-        raise EngineError(
-            "bad_prompts",
-            f"{name} has {len(ids)} tokens; with {new} answer tokens that is more than the "
-            f"model's context of {context}",
-            "Shorten or remove the prompt, or ask for fewer answer tokens.",
-        )
-
-
-def context_of(loaded: Loaded) -> int | None:
-    """The longest sequence that the model was made for, in tokens."""
-    text = loaded.model.config.get_text_config()
-    given = getattr(text, "max_position_embeddings", None)
-    return int(given) if given else None
-
-
-def _prefix(formatter: Formatter, decoder: Decoder, request: Prepare, report: Report) -> str:
-    """What the original's answers to some 200 direction prompts all begin with."""
-    texts = (
-        request.prompts.direction_harmful[:PREFIX_PROMPTS]
-        + request.prompts.direction_harmless[:PREFIX_PROMPTS]
-    )
-    rows = [Row(formatter.ids(text)) for text in texts]
-    decoder.reserve(max(len(row.ids) for row in rows), PREFIX_TOKENS)
-    answers = decoder.answers(rows, [], PREFIX_TOKENS, report, "response prefix")
-    found = detect_prefix(decoder.texts([answer.tokens for answer in answers], special=True))
-    if found:
-        report.log(f"all answers begin alike; put before each answer: {found!r}")
-    return found
-
-
-def _baseline(
+def _editing(
+    loaded: Loaded,
+    anatomy: Anatomy,
     decoder: Decoder,
     prompts: dict[str, list[list[int]]],
-    refusals: Refusals,
     request: Prepare,
+    clock: Clock,
     report: Report,
-) -> tuple[dict[Role, RoleSet], dict[Role, Scored]]:
-    """The original's whole answers, its refusals, and its distributions on harmless prompts."""
-    roles: dict[Role, RoleSet] = {}
-    scored: dict[Role, Scored] = {}
-    for role in ROLES:
-        harmful = prompts["over_refusal" if role == "over_refusal" else f"{role}_harmful"]
-        if not harmful:
-            continue
-        begun = time.monotonic()
-        new = request.max_new_tokens
-        answers = decoder.answers([Row(ids) for ids in harmful], [], new, report, f"{role} answers")
-        reference: Reference | None = None
-        if role != "over_refusal":
-            harmless = prompts[f"{role}_harmless"]
-            new = request.kl_tokens
-            own = decoder.answers([Row(i) for i in harmless], [], new, report, f"{role} harmless")
-            reference = measure_reference(decoder, harmless, own, new, report)
-        unmoved = None if reference is None else Divergence(0.0, 0.0)
-        roles[role] = RoleSet(role, harmful, reference)
-        scored[role] = count(role, answers, unmoved, refusals, time.monotonic() - begun)
-    return roles, scored
+) -> Editing:
+    positions = sorted({-1} | {recipe.position for recipe in request.recipes})
+    with clock.phase("residuals"):
+        harmful, harmless = (
+            residuals.collect(
+                loaded.model, anatomy, prompts[side], decoder.pad, report, decoder.batch_size,
+                positions,
+            )
+            for side in SIDES
+        )  # fmt: skip
+    with clock.phase("directions"):
+        found = directions.measure(harmful, harmless, request.recipes, report)
+        seen = geometry(harmful[positions[-1]], harmless[positions[-1]], report)
+        del harmful, harmless
+    with clock.phase("samples"):
+        samples = collect_samples(
+            decoder, anatomy, prompts[SIDES[0]], prompts[SIDES[1]], report, request.affine,
+            request.ara, request.allow_partial,
+        )  # fmt: skip
+    with clock.phase("edit bases"):
+        builder = EditBuilder(anatomy, found, samples)
+        builder.warm(request.recipes, report)
+    return Editing(anatomy, found, builder, seen)
 
 
-def _warnings(loaded: Loaded, baseline: dict[Role, Scored]) -> list[str]:
-    found = []
-    search = baseline["search"].scores
-    if search.refusals == 0:
-        found.append(
-            f"The original refuses none of the {search.total} search prompts: there is nothing to "
-            "remove. Check that the harmful prompts are ones that this model refuses."
-        )
-    elif search.refusals < FEW_REFUSALS * search.total:
-        found.append(
-            f"The original refuses only {search.refusals} of {search.total} search prompts: there "
-            "is little to remove."
-        )
+def _nothing_edited(loaded: Loaded) -> AnatomyReport:
+    """The report of a model that is evaluated as it is: its size, no writers."""
+    text = loaded.model.config.get_text_config(decoder=True)
+    return AnatomyReport(
+        architecture=type(loaded.model).__name__,
+        layers=int(getattr(text, "num_hidden_layers", 0) or 0),
+        hidden=int(getattr(text, "hidden_size", 0) or 0),
+        writers=[],
+        coverage=0.0,
+    )
+
+
+def _warnings(loaded: Loaded, found: Baseline) -> list[str]:
+    warnings = []
+    if "search" in found.scored:
+        search = found.scored["search"].scores
+        if search.refusals == 0:
+            warnings.append(
+                f"The original refuses none of the {search.total} search prompts: there is nothing "
+                "to remove. Check that the harmful prompts are ones that this model refuses."
+            )
+        elif search.refusals < FEW_REFUSALS * search.total:
+            warnings.append(
+                f"The original refuses only {search.refusals} of {search.total} search prompts: "
+                "there is little to remove."
+            )
     if ignored := ignored_settings(loaded.model.generation_config):
-        found.append(
+        warnings.append(
             f"generation_config.json sets {', '.join(ignored)}, which scoring does not apply."
         )
-    return found
+    return warnings

@@ -1,7 +1,8 @@
-"""The residual stream after every block at the last prompt token."""
+"""The residual stream after every block at the last prompt tokens."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 
 from engine.anatomy import Anatomy, accepts
 from engine.errors import EngineError
+from engine.loading.placement import input_device
+from engine.memory import is_out_of_memory, release
 from engine.report import Report
 
 
@@ -20,20 +23,26 @@ def collect(
     pad_id: int,
     report: Report,
     batch_size: int,
-) -> Tensor:
-    """h (N, L+1, d), float32 on the CPU: h[:, 0] enters block 0, h[:, l+1] leaves block l.
+    positions: Sequence[int] = (-1,),
+) -> dict[int, Tensor]:
+    """h (N, L+1, d) by prompt position, float32 on the CPU: h[:, 0] enters block 0, h[:, l+1]
+    leaves block l.
 
+    positions   prompt tokens counted from the end, -1 the last; every prompt must reach there
     Hooks on the blocks: the last of Hugging Face's `hidden_states` has passed the final norm.
     Halves `batch_size` when the device is out of memory; raises `out_of_memory` at 1.
     """
-    result = torch.empty(len(inputs), anatomy.layers + 1, anatomy.hidden)
+    result = torch.empty(len(positions), len(inputs), anatomy.layers + 1, anatomy.hidden)
     order = sorted(range(len(inputs)), key=lambda i: len(inputs[i]))  # little padding
     done, size = 0, max(1, batch_size)
     while done < len(order):
         rows = order[done : done + size]
+        states: Tensor | None
         try:
-            states = _states(model, anatomy, [inputs[i] for i in rows], pad_id)
-        except torch.OutOfMemoryError as error:
+            states = _states(model, anatomy, [inputs[i] for i in rows], pad_id, positions)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
             if size == 1:
                 raise EngineError(
                     "out_of_memory",
@@ -41,38 +50,41 @@ def collect(
                     "Use quantisation bnb_4bit, shorter prompts or a larger GPU.",
                 ) from error
             size = max(1, size // 2)
-            torch.cuda.empty_cache()
             report.log(f"out of memory: going on with batches of {size}", "warning")
+            states = None
+        if states is None:
+            release()  # outside of the handler: the traceback held the tensors of the batch
             continue
-        result[torch.tensor(rows)] = states
+        result[:, torch.tensor(rows)] = states
         done += len(rows)
         report.progress("directions", done, len(order))
-    return result
+    return dict(zip(positions, result, strict=True))
 
 
 def _states(
-    model: nn.Module, anatomy: Anatomy, batch: list[list[int]], pad_id: int
+    model: nn.Module, anatomy: Anatomy, batch: list[list[int]], pad_id: int,
+    positions: Sequence[int],
 ) -> Tensor:  # fmt: skip
-    """h (B, L+1, d) of one left-padded batch."""
+    """h (P, B, L+1, d) of one left-padded batch."""
     width = max(len(ids) for ids in batch)
     ids = torch.tensor([[pad_id] * (width - len(row)) + row for row in batch])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch])
-    device = next(model.parameters()).device
+    device = input_device(model)
     arguments: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
     if accepts(model, "position_ids"):
         arguments["position_ids"] = (mask.cumsum(1) - 1).clamp_min(0).to(device)
     if accepts(model, "logits_to_keep"):
         arguments["logits_to_keep"] = 1
+    places = list(positions)
     kept: list[Tensor | None] = [None] * (anatomy.layers + 1)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         stream = args[0] if args else kwargs["hidden_states"]
-        kept[0] = stream[:, -1].float().cpu()
+        kept[0] = anatomy.stream_of(stream)[:, places].float().cpu()
 
     def after(layer: int) -> Any:
         def hook(module: nn.Module, args: Any, out: Any) -> None:
-            stream = out[0] if isinstance(out, (tuple, list)) else out
-            kept[layer + 1] = stream[:, -1].float().cpu()
+            kept[layer + 1] = anatomy.stream_of(out)[:, places].float().cpu()
 
         return hook
 
@@ -83,4 +95,8 @@ def _states(
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack([k for k in kept if k is not None], dim=1)
+    for layer in range(anatomy.layers):  # blocks that text does not run leave the stream alone
+        if kept[layer + 1] is None:
+            kept[layer + 1] = kept[layer]
+    states = torch.stack([k for k in kept if k is not None], dim=1)  # (B, L+1, P, d)
+    return states.permute(2, 0, 1, 3)

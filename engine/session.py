@@ -5,23 +5,36 @@ from __future__ import annotations
 from pathlib import Path
 
 from engine import export
+from engine.compare import compare
 from engine.decode import ORIGINAL, Row
 from engine.errors import EngineError
+from engine.manifest import manifest
 from engine.measure import measure
 from engine.memory import release
-from engine.preparation import Ready, check_length, context_of, prepare
+from engine.preparation import Ready, prepare
 from engine.report import Report
 from engine.scorers import score
+from engine.scorers.harness import benchmark
+from engine.selection import select
+from engine.texts import check_length, context_of
 from jobs.spec.protocol import (
+    Benchmark,
+    Benchmarked,
+    Compare,
+    Compared,
     Export,
     Exported,
+    ExportedFile,
     Prepare,
     Prepared,
+    Request,
     Respond,
     Responses,
     Score,
     Scored,
     ScoredBatch,
+    Select,
+    Selected,
     Stop,
 )
 from jobs.spec.scores import Role, Scores
@@ -40,8 +53,8 @@ class Session:
         self._ready: Ready | None = None
 
     def handle(
-        self, request: Prepare | Score | Respond | Export | Stop, report: Report
-    ) -> Prepared | ScoredBatch | Responses | Exported:
+        self, request: Request, report: Report
+    ) -> Prepared | ScoredBatch | Selected | Compared | Benchmarked | Responses | Exported:
         """The result of one request. Raises EngineError."""
         match request:
             case Prepare():
@@ -54,6 +67,21 @@ class Session:
                 return self.export(request, report)
             case Stop():
                 raise EngineError("stopped", "the session ends")
+            case Compare():
+                return self.compare(request, report)
+            case Benchmark():
+                return self.benchmark(request, report)
+            case Select():
+                return select(self.ready, request, report)
+
+    @property
+    def ready(self) -> Ready:
+        """The prepared model. Raises `bad_request` before the first `prepare`."""
+        if self._ready is None:
+            raise EngineError(
+                "bad_request", "no model is prepared", "Send a prepare request first."
+            )
+        return self._ready
 
     def prepare(self, request: Prepare, report: Report) -> Prepared:
         """Prepare a model, or say again what was found if it is prepared already."""
@@ -69,7 +97,7 @@ class Session:
 
     def score(self, request: Score, report: Report) -> ScoredBatch:
         """Score candidates; each is sent as a partial as soon as it is known."""
-        ready = self._prepared()
+        ready = self.ready
         role = ready.roles.get(request.role)
         if role is None:
             raise EngineError(
@@ -79,8 +107,8 @@ class Session:
             )
         new = request.max_new_tokens or ready.request.max_new_tokens
         longest = max(role.harmful, key=len)
-        check_length("the longest prompt", longest, new, context_of(ready.loaded))
-        edits = [ready.builder.build(candidate) for candidate in request.candidates]
+        check_length("the longest prompt", longest, new, context_of(ready.loaded.model))
+        edits = [ready.builder.build(candidate, report) for candidate in request.candidates]
         if not edits:
             return ScoredBatch(scored=[])
 
@@ -88,19 +116,24 @@ class Session:
             report.partial(index, scored=scored)
 
         ready.decoder.reserve(len(longest), new)
-        scored = score(ready.decoder, role, edits, ready.refusals, new, report, on_scored=send)
+        scored = score(
+            ready.decoder, role, edits, ready.refusals, new, report, not request.whole, send,
+            request.scorers, ready.baseline.further,
+        )  # fmt: skip
         return ScoredBatch(scored=scored)
 
     def respond(self, request: Respond, report: Report) -> Responses:
         """Whole answers, streamed: each partial is a piece that follows the pieces before it."""
-        ready = self._prepared()
+        ready = self.ready
         inputs = [ready.formatter.ids(prompt) for prompt in request.prompts]
         if not inputs:
             return Responses(texts=[])
         for number, ids in enumerate(inputs, start=1):
-            name, context = f"prompt {number}", context_of(ready.loaded)
+            name, context = f"prompt {number}", context_of(ready.loaded.model)
             check_length(name, ids, request.max_new_tokens, context)
-        edits = [] if request.candidate is None else [ready.builder.build(request.candidate)]
+        edits = (
+            [] if request.candidate is None else [ready.builder.build(request.candidate, report)]
+        )
         edit = 0 if edits else ORIGINAL
         sent = [""] * len(inputs)
 
@@ -116,21 +149,36 @@ class Session:
         )  # fmt: skip
         return Responses(texts=[answer.text for answer in answers])
 
+    def compare(self, request: Compare, report: Report) -> Compared:
+        """Score another model against the prepared one; nothing of it stays in memory."""
+        try:
+            return compare(self.ready, request, report)
+        finally:
+            release()
+
+    def benchmark(self, request: Benchmark, report: Report) -> Benchmarked:
+        """Run harness tasks on a candidate, or on the original."""
+        ready = self.ready
+        edit = None if request.candidate is None else ready.builder.build(request.candidate, report)
+        with ready.decoder.edited(edit):
+            return benchmark(
+                ready.decoder, request.tasks, request.limit, request.task_folder, report,
+                request.planned,
+            )  # fmt: skip
+
     def export(self, request: Export, report: Report) -> Exported:
         """Write an artifact; with `measure`, load it from disk and score it before the card."""
-        ready = self._prepared()
+        ready = self.ready
 
         def scores(folder: Path) -> dict[Role, Scores]:
             return measure(folder, ready, request, report)
 
-        return export.write(
-            ready.loaded, ready.anatomy, ready.directions, request, report,
-            scores if request.measure else None,
-        )  # fmt: skip
+        def describe(files: list[ExportedFile], measured: dict[Role, Scores]) -> bytes:
+            written = manifest(ready, request, files, measured, report)
+            return (written.model_dump_json(indent=2) + "\n").encode()
 
-    def _prepared(self) -> Ready:
-        if self._ready is None:
-            raise EngineError(
-                "bad_request", "no model is prepared", "Send a prepare request first."
-            )
-        return self._ready
+        changes = ready.builder.changes(request.candidate, report)
+        return export.write(
+            ready.loaded, ready.anatomy, changes, request, report,
+            scores if request.measure else None, describe,
+        )  # fmt: skip

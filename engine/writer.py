@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from engine.dequantise import present, weight_of
 from jobs.spec.candidate import Component
 
 
@@ -68,8 +68,9 @@ class Writer:
     def bias(self) -> Tensor | None:
         """The bias (d), (E, d) of a stack, or None."""
         name = "bias" if self.hooked else f"{self.parameter}_bias"
-        bias = getattr(self.module, name, None)
-        return bias if isinstance(bias, Tensor) else None
+        with present(self.module):
+            bias = getattr(self.module, name, None)
+            return bias if isinstance(bias, Tensor) else None
 
 
 def linear_width(module: nn.Module) -> tuple[int, int] | None:
@@ -79,21 +80,3 @@ def linear_width(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         return module.nf, module.nx
     return None
-
-
-def weight_of(module: nn.Module) -> Tensor:
-    """The weight (d, n) of a linear-like module: float32, dequantised, out × in."""
-    weight: Any = module.weight
-    state = getattr(weight, "quant_state", None)
-    if state is not None:
-        import bitsandbytes.functional as bnb
-
-        return bnb.dequantize_4bit(weight.data, state).float()
-    if type(weight).__name__ == "Int8Params":
-        # The scale moves from the parameter to the state in the first forward.
-        holder: Any = weight if weight.SCB is not None else module.state
-        scale: Tensor = holder.SCB
-        codes: Tensor = weight.data.float()
-        return codes * (scale.float() / 127)[:, None]
-    plain: Tensor = weight.detach()
-    return (plain.T if isinstance(module, Conv1D) else plain).float()

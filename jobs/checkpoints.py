@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,8 +84,7 @@ def from_folder(folder: Path) -> Checkpoint:
             file.seek(start)
             return file.read(length)
 
-    files = sorted(file.name for file in folder.glob("*.safetensors"))
-    return _checkpoint(read, files)
+    return _checkpoint(read, weight_files([file.name for file in folder.glob("*.safetensors")]))
 
 
 def from_hub(
@@ -110,8 +109,19 @@ def from_hub(
                         break
                 return bytes(content[skip : skip + limit])
 
-        weights = sorted(f for f in files if f.endswith(".safetensors") and "/" not in f)
-        return _checkpoint(read, weights)
+        return _checkpoint(read, weight_files(files))
+
+
+def weight_files(files: Sequence[str]) -> list[str]:
+    """Those of a repository's files that hold the weights which transformers loads.
+
+    `model.safetensors` or the shards `model-00001-of-00002.safetensors`; a copy of the weights in
+    another layout (`consolidated.safetensors`) and adapters lie beside them in some repositories.
+    """
+    found = sorted(f for f in files if f.endswith(".safetensors") and "/" not in f)
+    if "model.safetensors" in found:
+        return ["model.safetensors"]
+    return [f for f in found if f.startswith("model-")] or found
 
 
 def _checkpoint(read: Read, files: list[str]) -> Checkpoint:

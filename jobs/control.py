@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from jobs import audit, events, lifecycle, submit, trials
 from jobs.problems import Conflict, Forbidden, Invalid, NotFound
 from jobs.settings import Settings
+from jobs.spec.job import JobSpec
 from jobs.states import Desired
 from jobs.tables import Job, Trial, User
 
@@ -95,7 +96,7 @@ def resume(session: Session, user: User, job: Job, settings: Settings | None = N
 
 
 def cancel(session: Session, user: User, job: Job) -> Job:
-    """Stop for good, at once where nobody runs. Its exports and chats stop too."""
+    """Stop for good, at once where nobody runs. Exports, chats and benchmarks stop too."""
     require_editable(user, job)
     job = lifecycle.lock(session, job.id)
     if job.state == "cancelled" or job.desired_state == "cancel":
@@ -103,7 +104,7 @@ def cancel(session: Session, user: User, job: Job) -> Job:
     if job.state == "completed":
         raise Conflict("The job is completed; there is nothing to cancel.")
     _want(session, job, "cancel")
-    for task in lifecycle.tasks_of(session, job, "export", "chat"):
+    for task in lifecycle.tasks_of(session, job, *lifecycle.BESIDE):
         if task.state == "ready":
             lifecycle.move(session, task, "cancelled")
             lifecycle.fail_artifact(session, task, None)
@@ -173,13 +174,24 @@ def _check(
     parallelism: int | None,
     name: str | None,
 ) -> None:
-    single = job.spec.get("method") == "single_pass"
+    spec = JobSpec.model_validate(job.spec)
+    if spec.kind != "abliterate" and (wanted is not None or parallelism is not None):
+        field = "parallelism" if wanted is None else "trials"
+        raise Conflict(
+            f"A job of kind {spec.kind} searches nothing: it has no {field} to change.", field=field
+        )
+    methods = spec.methods
+    fixed = not submit.searches(methods)
     if wanted is not None:
         given = session.execute(
             select(func.coalesce(func.max(Trial.number), -1)).where(Trial.job_id == job.id)
         ).scalar_one()
-        if single and wanted != 1:
-            raise Invalid("A single pass has exactly one trial.", field="trials")
+        if fixed and wanted != len(methods):
+            raise Invalid(
+                f"Single passes have one trial each: {len(methods)} here.", field="trials"
+            )
+        if 1 <= wanted < len(methods):
+            raise Invalid(f"Each of the {len(methods)} methods needs a trial.", field="trials")
         if not 1 <= wanted <= 10_000:
             raise Invalid("Between 1 and 10000 trials are possible.", field="trials")
         if wanted <= given:
@@ -188,8 +200,8 @@ def _check(
         raise Invalid("A priority lies between -10 and 10.", field="priority")
     if parallelism is not None and not 1 <= parallelism <= 64:
         raise Invalid("Between 1 and 64 workers are possible.", field="parallelism")
-    if parallelism is not None and single and parallelism != 1:
-        raise Invalid("A single pass runs on one worker.", field="parallelism")
+    if parallelism is not None and fixed and parallelism != 1:
+        raise Invalid("Single passes run on one worker.", field="parallelism")
     if name is not None and ("\x00" in name or len(name) > 120 or not name.strip()):
         raise Invalid("A name has 1 to 120 characters.", field="name")
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from jobs import queue
+from jobs import lifecycle, queue
 from jobs.settings import Settings
 from jobs.tables import Artifact, Event, Job, Task, Trial
 
@@ -30,7 +30,7 @@ def waiting(session: Session) -> list[Waiting]:
         )
         .join(Job, Job.id == Task.job_id)
         .where(Task.state == "ready")
-        .where(Task.kind.in_(("export", "chat")) | (Job.desired_state == "run"))
+        .where(Task.kind.in_(lifecycle.BESIDE) | (Job.desired_state == "run"))
         .group_by(Task.kind)
     )
     return [Waiting(kind, int(count), float(age)) for kind, count, age in rows]

@@ -10,7 +10,8 @@ whenever a task or `desired_state` changed, so two workers cannot derive from di
 | none running, all over            | completed   | completed     | cancelled      |
 | none running, some to be done     | queued      | paused        | cancelled      |
 
-Exports and chats do not move a job: they run on paused and finished jobs as well.
+Exports, chats and benchmarks of a trial do not move a job: they run beside it, on paused and
+finished jobs as well. A job that searches nothing (evaluate, benchmark) has one evaluate task.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from jobs.states import JOB_MOVES, JOB_OVER, TASK_MOVES, TASK_OVER, JobState, Ta
 from jobs.tables import Artifact, Job, Task, Trial
 
 DRIVING: tuple[TaskKind, ...] = ("search", "evaluate")
+BESIDE: tuple[TaskKind, ...] = ("export", "chat", "benchmark")
 
 
 def lock(session: Session, job_id: uuid.UUID) -> Job:
@@ -146,10 +148,11 @@ def want_searchers(session: Session, job: Job) -> None:
     session.flush()
 
 
-def want_evaluation(session: Session, job: Job) -> None:
+def want_evaluation(session: Session, job: Job, original: str | None = None) -> None:
     """Create the evaluate task of this generation once, when every slot is complete.
 
     Searchers that nobody claimed yet are called off: a worker would load the model for nothing.
+    A job that searches nothing has no slots; `original` is the commit of what it compares with.
     """
     if completed(session, job.id) < job.trials:
         return
@@ -160,7 +163,7 @@ def want_evaluation(session: Session, job: Job) -> None:
         same = task.payload.get("generation") == job.trials
         if same and task.state != "cancelled":
             return
-    payload = {"generation": job.trials, **needs(job)}
+    payload = {"generation": job.trials, "original": original, **needs(job)}
     session.add(Task(job_id=job.id, kind="evaluate", state=idle_state(job), payload=payload))
     session.flush()
 

@@ -9,14 +9,16 @@ import uuid
 from statistics import median
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from sqlalchemy import func, or_, select, tuple_
 from sqlalchemy.orm import Session
 
-from jobs import queue, trials
+from jobs import queue, results, trials
 from jobs.problems import Invalid
 from jobs.settings import Settings
 from jobs.settings import settings as process_settings
+from jobs.spec.job import Kind
+from jobs.spec.scores import Role, Scores, Value
 from jobs.states import Desired, JobState
 from jobs.tables import Job, Trial, User
 
@@ -30,6 +32,26 @@ class TrialCounts(BaseModel):
     budget: int
 
 
+class RoleScores(BaseModel):
+    """Scores on the prompts of one role. KLs are in nats; null for over-refusal prompts."""
+
+    refusals: int
+    total: int
+    interval: tuple[float, float] = Field(description="Wilson 95 % interval of the refusal rate")
+    kl_first: float | None
+    kl_multi: float | None
+    mean_tokens: float
+    values: dict[str, Value] = Field({}, description="further scores, by name")
+
+    @classmethod
+    def of(cls, scores: Scores | dict[str, Any] | None) -> RoleScores | None:
+        """The view of scores, or of a stored `Scores` document."""
+        if scores is None:
+            return None
+        known = Scores.model_validate(scores)
+        return cls(interval=known.interval, **known.model_dump(exclude={"role"}))
+
+
 class BestTrial(BaseModel):
     """The trial with the fewest refusals, and among those the least KL."""
 
@@ -41,10 +63,31 @@ class BestTrial(BaseModel):
     heldout: dict[str, Any] | None = None
 
 
+class ResultView(BaseModel):
+    """What a job that searches nothing found, by side; harness figures are `<task>.<metric>`."""
+
+    original: dict[Role, RoleScores]
+    model: dict[Role, RoleScores]
+    benchmark: dict[results.Side, dict[str, Value]]
+    commit: str | None = Field(description="of the model, where it was loaded beside an original")
+    warnings: list[str]
+
+    @classmethod
+    def of(cls, job: Job) -> ResultView | None:
+        """None while nothing is known, and for jobs that search."""
+        if job.result is None:
+            return None
+        found = results.of(job).model_dump()
+        for side in results.NUMBERS:
+            found[side] = {role: RoleScores.of(scores) for role, scores in found[side].items()}
+        return cls.model_validate(found)
+
+
 class JobView(BaseModel):
     """A job as people see it. `owner` is an e-mail address; `waiting` says why it does not run."""
 
     id: uuid.UUID
+    kind: Kind
     name: str
     model: str
     owner: str
@@ -62,6 +105,7 @@ class JobView(BaseModel):
     best: BestTrial | None
     front_size: int
     prepared: dict[str, Any] | None
+    result: ResultView | None = Field(None, description="of jobs of kind evaluate and benchmark")
     error: dict[str, Any] | None
     created_at: dt.datetime
     started_at: dt.datetime | None
@@ -76,6 +120,7 @@ def list_jobs(
     user: User,
     *,
     state: JobState | None = None,
+    kind: Kind | None = None,
     mine: bool = False,
     q: str | None = None,
     limit: int = 50,
@@ -92,6 +137,8 @@ def list_jobs(
         query = query.where(Job.owner_id == user.id)
     if state is not None:
         query = query.where(Job.state == state)
+    if kind is not None:
+        query = query.where(func.coalesce(Job.spec["kind"].astext, "abliterate") == kind)
     if q:
         plain = q.replace("\x00", "")
         query = query.where(
@@ -127,7 +174,7 @@ def summary(session: Session, job: Job, settings: Settings | None = None) -> Job
     """The view of one job."""
     counts = trials.counts(session, job.id)
     front = trials.front(session, job.id)
-    best = front[0] if front else None
+    best = min(front, key=_fewest, default=None)
     owner = session.get_one(User, job.owner_id)
     prepared = dict(job.prepared) if job.prepared else None
     baseline = prepared.pop("baseline", None) if prepared else None
@@ -138,6 +185,7 @@ def summary(session: Session, job: Job, settings: Settings | None = None) -> Job
         prepared["anatomy"] = anatomy
     return JobView(
         id=job.id,
+        kind=job.spec.get("kind", "abliterate"),
         name=job.name,
         model=job.model,
         owner=owner.email,
@@ -155,6 +203,7 @@ def summary(session: Session, job: Job, settings: Settings | None = None) -> Job
         best=None if best is None else _best(best),
         front_size=len(front),
         prepared=prepared,
+        result=ResultView.of(job),
         error=job.error,
         created_at=job.created_at,
         started_at=job.started_at,
@@ -163,6 +212,11 @@ def summary(session: Session, job: Job, settings: Settings | None = None) -> Job
         commit=job.commit,
         event_seq=job.event_seq,
     )
+
+
+def _fewest(row: Trial) -> tuple[float, float, int]:
+    refusals = float("inf") if row.refusals is None else row.refusals
+    return refusals, row.kl_first or 0.0, row.number
 
 
 def _best(row: Trial) -> BestTrial:

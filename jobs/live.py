@@ -8,7 +8,7 @@ from typing import NamedTuple
 from sqlalchemy import exists, select
 from sqlalchemy.orm import Session
 
-from jobs import events
+from jobs import events, lifecycle
 from jobs.states import JOB_OVER, JobState
 from jobs.tables import Event, Job, Task
 
@@ -25,12 +25,12 @@ def pulse(session: Session, job_id: uuid.UUID, after: int, limit: int = 500) -> 
     """The job's events numbered above `after`.
 
     Whether the job is over is read before the events: whatever was written until then is among
-    them. A finished job is not over while one of its exports or chats is still to run.
+    them. A finished job is not over while one of its exports, chats or benchmarks is still to run.
     """
     active = exists().where(
         Task.job_id == Job.id,
         Task.state.in_(("ready", "running")),
-        Task.kind.in_(("export", "chat")),
+        Task.kind.in_(lifecycle.BESIDE),
     )
     row = session.execute(select(Job.state, active).where(Job.id == job_id)).one_or_none()
     if row is None:

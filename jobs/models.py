@@ -1,7 +1,7 @@
 """Model names: what a job may name, where it lies, and which commit it is.
 
-A name is a folder in the operator's models folder, `demo`, or `owner/name` on the hub. It is never
-a path: names are matched against a pattern, and symbolic links that lead out are refused.
+A name is a folder in the operator's models folder, one of `DEMOS`, or `owner/name` on the hub. It
+is never a path: names are matched against a pattern, and links that lead out are refused.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from demo import MODEL as DEMO
+from demo import EXPERTS, MODEL
 from jobs.problems import Invalid
 from jobs.settings import Settings
 from jobs.spec.job import MODEL_NAME, REVISION
 
+DEMOS = {"demo": MODEL, "demo-experts": EXPERTS}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 HUB_SECONDS = 5.0
 # The hub's client is built on httpx or httpx2, depending on its version; its own error derives
@@ -81,8 +82,8 @@ def local_path(name: str, settings: Settings) -> Path | None:
             raise _bad(f"{name} is a link that does not end inside the operator's models folder.")
         if folder.is_dir():
             return folder.resolve()
-    if name == "demo" and DEMO.is_dir():
-        return DEMO
+    if name in DEMOS and DEMOS[name].is_dir():
+        return DEMOS[name]
     return None
 
 

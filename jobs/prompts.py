@@ -21,6 +21,7 @@ from jobs.spec.protocol import PromptTexts
 from jobs.tables import PromptSet, User
 
 Line = dict[str, str | None]
+SETS = ("harmful", "harmless", "over_refusal", "texts")
 SPLITS = ("direction", "search", "heldout")
 MIN_PROMPTS, MAX_PROMPTS, MAX_CHARACTERS = 8, 20_000, 20_000
 LEAST = {"search": 4, "heldout": 4, "direction": 8}
@@ -206,13 +207,20 @@ def delete_set(session: Session, user: User, name: str) -> None:
     session.flush()
 
 
+def builtin(name: str) -> list[Line] | None:
+    """The lines of one of the demo's sets from its file; None for any other name."""
+    if name not in BUILTIN:
+        return None
+    file = PROMPTS / f"{BUILTIN[name][0]}.jsonl"
+    return parse(file.read_bytes(), file.name) if file.is_file() else None
+
+
 def ensure_builtin(session: Session) -> None:
     """Put the demo's prompt sets into the table, or bring them up to their files."""
-    for name, (stem, note) in BUILTIN.items():
-        file = PROMPTS / f"{stem}.jsonl"
-        if not file.is_file():
+    for name, (_, note) in BUILTIN.items():
+        kept = builtin(name)
+        if kept is None:
             continue
-        kept = parse(file.read_bytes(), file.name)
         values = {"prompts": kept, "count": len(kept), "sha256": _sha256(kept), "note": note}
         statement = insert(PromptSet).values(name=name, **values)
         session.execute(
@@ -227,7 +235,17 @@ def ensure_builtin(session: Session) -> None:
 
 
 def texts(session: Session, prompts: Prompts) -> PromptTexts:
-    """The texts of every role of a job; no text has two roles.
+    """The texts of every role of a job; no text has two roles. Raises what `arranged` raises."""
+    named = {
+        role: _lines(session, name, role)
+        for role, name in prompts
+        if role in SETS and name is not None
+    }
+    return arranged(named, prompts)
+
+
+def arranged(lines: dict[str, list[Line]], prompts: Prompts) -> PromptTexts:
+    """The texts of every role from the sets' lines by name of the field in `prompts` (pure).
 
     Wanted counts that a set cannot fill are shrunk in proportion. Invalid names the field and the
     counts when fewer than 4 search, 4 held-out and 8 direction prompts would be left.
@@ -238,12 +256,12 @@ def texts(session: Session, prompts: Prompts) -> PromptTexts:
         "heldout": prompts.heldout,
         "direction": prompts.direction,
     }
-    harmful = divide(_lines(session, prompts.harmful, "harmful"), wanted, used, "harmful")
-    harmless = divide(_lines(session, prompts.harmless, "harmless"), wanted, used, "harmless")
+    harmful = divide(lines["harmful"], wanted, used, "harmful")
+    harmless = divide(lines["harmless"], wanted, used, "harmless")
     over: list[str] = []
-    if prompts.over_refusal is not None:
-        lines = _lines(session, prompts.over_refusal, "over_refusal")
-        over = _fresh((line["prompt"] or "" for line in lines), used)[: prompts.search]
+    if "over_refusal" in lines:
+        found = (line["prompt"] or "" for line in lines["over_refusal"])
+        over = _fresh(found, used)[: prompts.search]
         if not over:
             raise Invalid(
                 f"The set {prompts.over_refusal} holds no prompt that the other sets lack.",
@@ -257,6 +275,8 @@ def texts(session: Session, prompts: Prompts) -> PromptTexts:
         heldout_harmful=harmful["heldout"],
         heldout_harmless=harmless["heldout"],
         over_refusal=over,
+        # texts are only read, so they may be prompts of other roles too
+        texts=[line["prompt"] or "" for line in lines.get("texts", [])],
     )
 
 

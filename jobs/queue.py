@@ -58,8 +58,9 @@ usage AS (
       AND coalesce(t.finished_at, now()) > now() - interval '14 days'
     GROUP BY j.owner_id
 )"""
+BESIDE = ", ".join(f"'{kind}'" for kind in lifecycle.BESIDE)
 FREE = "(t.state = 'ready' OR (t.state = 'running' AND t.lease_expires_at <= now()))"
-WANTED = """(t.kind IN ('export', 'chat')
+WANTED = f"""(t.kind IN ({BESIDE})
         OR (j.desired_state = 'run' AND j.state IN ('queued', 'running')))"""
 ORDER = """j.priority DESC,
     coalesce(usage.seconds, 0) / greatest(u.weight, 0.001),
@@ -203,12 +204,12 @@ def fence(session: Session, task_id: uuid.UUID, token: int) -> Task:
     return task
 
 
-RENEW = text("""
+RENEW = text(f"""
 UPDATE tasks SET lease_expires_at = now() + make_interval(secs => :lease)
 FROM jobs
 WHERE tasks.id = :task AND tasks.lease_token = :token AND tasks.state = 'running'
   AND tasks.lease_expires_at > now() AND jobs.id = tasks.job_id
-RETURNING CASE WHEN tasks.kind IN ('export', 'chat') THEN coalesce(tasks.payload->>'desired', 'run')
+RETURNING CASE WHEN tasks.kind IN ({BESIDE}) THEN coalesce(tasks.payload->>'desired', 'run')
                ELSE jobs.desired_state END
 """)
 

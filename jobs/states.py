@@ -7,7 +7,7 @@ from typing import Literal
 JobState = Literal["queued", "running", "paused", "completed", "failed", "cancelled"]
 Desired = Literal["run", "pause", "cancel"]
 TaskState = Literal["ready", "running", "paused", "done", "failed", "cancelled"]
-TaskKind = Literal["search", "evaluate", "export", "chat"]
+TaskKind = Literal["search", "evaluate", "export", "chat", "benchmark"]
 TrialState = Literal["running", "complete", "failed"]
 ArtifactState = Literal["queued", "running", "ready", "failed", "cancelled"]
 ArtifactKind = Literal["merged", "adapter", "lora"]

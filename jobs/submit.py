@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 
 from sqlalchemy import func, select
@@ -14,6 +15,8 @@ from jobs import audit, events, lifecycle, models, prompts
 from jobs.problems import Forbidden, Invalid, NoSpace, TooMany
 from jobs.settings import Settings
 from jobs.spec.job import JobSpec
+from jobs.spec.methods import METHODS, MethodName, budget
+from jobs.spec.protocol import NOTHING
 from jobs.tables import Job, User
 
 _KEY = re.compile(r"[\x20-\x7e]{1,200}")
@@ -43,19 +46,21 @@ def submit(
     if known is not None:
         return known, False
     require_trials(spec.trials, settings)
+    require_judge(spec.judge, settings)
     require_space(settings)
     commit = models.check(spec.model, spec.revision, settings)
-    texts = prompts.texts(session, spec.prompts)
+    original = check_original(spec, settings)
+    texts = NOTHING if spec.kind == "benchmark" else prompts.texts(session, spec.prompts)
     lock_user(session, user)
     known = _known(session, user, idempotency_key)
     if known is not None:
         return known, False
     require_quota(session, user, settings)
-    trials = 1 if spec.method == "single_pass" else spec.trials
+    trials = budget(spec.methods, spec.trials) if spec.kind == "abliterate" else 0
     job = Job(
         id=uuid.uuid4(),
         owner_id=user.id,
-        name=spec.name or f"{spec.model} {spec.method.replace('_', ' ')}",
+        name=spec.name or _name(spec),
         model=spec.model,
         spec=spec.model_dump(mode="json"),
         prompts=texts.model_dump(mode="json"),
@@ -63,7 +68,8 @@ def submit(
         desired_state="run",
         trials=trials,
         priority=spec.priority,
-        parallelism=1 if spec.method == "single_pass" else spec.parallelism,
+        # a few fixed trials are not worth loading the model a second time
+        parallelism=spec.parallelism if searches(spec.methods) else 1,
         private=spec.private,
         commit=commit,
         progress={},
@@ -73,10 +79,40 @@ def submit(
     session.flush()
     session.refresh(job)
     events.append(session, job.id, "job", {"state": "queued", "desired_state": "run"})
-    lifecycle.want_searchers(session, job)
+    if spec.kind == "abliterate":
+        lifecycle.want_searchers(session, job)
+    else:
+        lifecycle.want_evaluation(session, job, original)
     audit.record(session, user.id, "job.submit", job.id, model=spec.model, trials=trials)
     session.flush()
     return job, True
+
+
+def check_original(spec: JobSpec, settings: Settings) -> str | None:
+    """`models.check` of the model to compare with: its commit. Invalid(field="original")."""
+    if spec.original is None:
+        return None
+    try:
+        return models.check(spec.original, None, settings)
+    except Invalid as error:
+        raise Invalid(error.detail, field="original") from None
+
+
+def searches(methods: Iterable[MethodName]) -> bool:
+    """Whether any of the methods is searched, so that more trials make sense."""
+    return any(METHODS[name].kind != "fixed" for name in methods)
+
+
+def _name(spec: JobSpec) -> str:
+    """What a job is called whose owner did not name it."""
+    if spec.kind == "benchmark":
+        named = spec.tasks[0] if len(spec.tasks) == 1 else f"{len(spec.tasks)} benchmarks"
+        return f"{spec.model}, {named}"
+    if spec.kind == "evaluate":
+        return f"{spec.model} as it is" if spec.original is None else f"{spec.model} compared"
+    if len(spec.methods) > 2:
+        return f"{spec.model}, {len(spec.methods)} methods"
+    return f"{spec.model}, {' and '.join(METHODS[name].title for name in spec.methods)}"
 
 
 def _known(session: Session, user: User, key: str | None) -> Job | None:
@@ -96,6 +132,13 @@ def require_trials(trials: int, settings: Settings) -> None:
     """Invalid when a budget is over the operator's limit."""
     if trials > settings.max_trials:
         raise Invalid(f"At most {settings.max_trials} trials are allowed here.", field="trials")
+
+
+def require_judge(judge: str | None, settings: Settings) -> None:
+    """Invalid when a job names a judge that the operator has not set up."""
+    if judge is not None and judge not in settings.judges:
+        known = ", ".join(sorted(settings.judges)) or "none: the operator sets NULLSPACE_JUDGES"
+        raise Invalid(f"There is no judge {judge!r} here; known: {known}.", field="judge")
 
 
 def require_quota(session: Session, user: User, settings: Settings) -> None:

@@ -6,6 +6,7 @@ A column that only a lease holder may write is marked [fenced].
 from __future__ import annotations
 
 import datetime as dt
+import math
 import uuid
 from typing import Any, ClassVar
 
@@ -41,7 +42,8 @@ class Json(TypeDecorator[Any]):
     """JSONB that takes any text: what PostgreSQL cannot hold becomes U+FFFD.
 
     Models, logs and error messages may hold NUL characters and lone surrogates, and one of them
-    must not keep a score from being written. Python's None is SQL's NULL.
+    must not keep a score from being written, nor may a number that JSON has no word for: NaN and
+    the infinities become null. Python's None is SQL's NULL.
     """
 
     impl = JSONB(none_as_null=True)
@@ -57,6 +59,8 @@ def _storable(value: Any) -> Any:
         plain = value.replace("\x00", "\ufffd")
         # "surrogatepass" and back: pairs become their character, lone halves are replaced
         return plain.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     if isinstance(value, dict):
         return {_storable(key): _storable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -190,6 +194,10 @@ class Job(Base):
     progress: Mapped[dict[str, Any]] = mapped_column(default=dict)
     # a `Prepared` without texts: anatomy, baseline scores, sizes [fenced]
     prepared: Mapped[dict[str, Any] | None]
+    # a `Geometry`, tens of kilobytes; read it with `jobs.analysis` [fenced]
+    geometry: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
+    # what a job without a search found out: a `jobs.results.Result` [fenced]
+    result: Mapped[dict[str, Any] | None]
     # {"reason", "message", "mend"} of a failed or auto-paused job
     error: Mapped[dict[str, Any] | None]
     idempotency_key: Mapped[str | None]
@@ -233,7 +241,9 @@ class Trial(Base):
     job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
     number: Mapped[int]
     state: Mapped[TrialState] = mapped_column(default="running")
-    origin: Mapped[str] = mapped_column(default="sampler")  # single_pass, plain, sampler
+    method: Mapped[str] = mapped_column(default="mpoa")  # of `jobs.spec.methods`
+    # single_pass, selected, plain, sampler
+    origin: Mapped[str] = mapped_column(default="sampler")
     params: Mapped[dict[str, Any]] = mapped_column(default=dict)  # Optuna's view
     candidate: Mapped[dict[str, Any]]
     optuna_number: Mapped[int | None]
@@ -242,6 +252,8 @@ class Trial(Base):
     kl_first: Mapped[float | None]
     kl_multi: Mapped[float | None]
     mean_tokens: Mapped[float | None]
+    # further scores on the search prompts: name -> `Value`
+    values: Mapped[dict[str, Any]] = mapped_column(default=dict)
     heldout: Mapped[dict[str, Any] | None]  # a `Scores`
     over_refusal: Mapped[dict[str, Any] | None]  # a `Scores`
     picked: Mapped[bool] = mapped_column(default=False)
@@ -255,7 +267,8 @@ class Trial(Base):
 class TrialResponses(Base):
     """What the edited model said, per role: a list of `Outcome` in the order of the prompts.
 
-    The original's are kept under the trial number -1.
+    The original's are kept under the trial number -1, those of the model that a job of kind
+    evaluate scores under -2.
     """
 
     __tablename__ = "trial_responses"

@@ -7,23 +7,30 @@ is an orphan, and the next searcher scores its candidate again under the same nu
 
 from __future__ import annotations
 
+import math
 import uuid
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from jobs import events, queue
+from jobs import analysis, events, queue
 from jobs.problems import LeaseLost, NotFound
-from jobs.spec.candidate import Candidate
+from jobs.spec.candidate import Candidate, parse
+from jobs.spec.job import JobSpec
+from jobs.spec.methods import MethodName, turn
 from jobs.spec.protocol import Prepared, Scored
-from jobs.spec.scores import Outcome, Role
+from jobs.spec.scores import Outcome, Role, Value
 from jobs.tables import Job, Task, Trial, TrialResponses
+from jobs.trial_scores import front_of, further
 
 ORIGINAL = -1
+MODEL = -2  # what a job that searches nothing scores
+SIDES = {ORIGINAL: "original", MODEL: "model"}  # in the `result` of such a job
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Slot:
     """A number that this task may fill. `candidate` is set where it was begun before."""
 
     number: int
+    method: MethodName = "mpoa"
     candidate: Candidate | None = None
     params: dict[str, Any] | None = None
 
@@ -68,15 +76,20 @@ def reserve(session: Session, task: Task, token: int, count: int) -> list[Slot]:
         if not orphan or row.number >= job.trials:
             continue
         row.state, row.lease_token = "running", token
-        begun = Candidate.model_validate(row.candidate) if row.candidate else None
-        slots.append(Slot(row.number, begun, row.params if begun else None))
+        begun = parse(row.candidate) if row.candidate else None
+        method = cast(MethodName, row.method)
+        slots.append(Slot(row.number, method, begun, row.params if begun else None))
+    methods = JobSpec.model_validate(job.spec).methods
     taken = {row.number for row in rows}
     for number in range(job.trials):
         if len(slots) >= count:
             break
         if number not in taken:
-            session.add(Trial(job_id=job.id, number=number, candidate={}, lease_token=token))
-            slots.append(Slot(number))
+            method, _ = turn(methods, number)
+            session.add(
+                Trial(job_id=job.id, number=number, method=method, candidate={}, lease_token=token)
+            )
+            slots.append(Slot(number, method))
     session.flush()
     return slots
 
@@ -132,6 +145,7 @@ def complete(session: Session, task: Task, token: int, number: int, scored: Scor
     row.refusals, row.total = scores.refusals, scores.total
     row.kl_first, row.kl_multi = scores.kl_first, scores.kl_multi
     row.mean_tokens = scores.mean_tokens
+    row.values = further(scores)
     row.seconds = scored.seconds
     row.finished_at = func.now()
     held.crashes = 0
@@ -155,16 +169,25 @@ def fail(session: Session, task: Task, token: int, number: int, reason: str) -> 
 
 
 def store_baseline(session: Session, task: Task, token: int, prepared: Prepared) -> None:
-    """Keep what `prepare` measured: the job's `prepared`, its commit, the original's answers."""
+    """Keep what `prepare` measured: the job's `prepared`, its commit, the original's answers.
+
+    The first worker's stays: one that was slower to load the model would wipe out what has been
+    measured of the original meanwhile (`store_values`). Fenced.
+    """
     held = queue.fence(session, task.id, token)
-    job = session.get_one(Job, held.job_id)
-    first = job.prepared is None
-    job.prepared = prepared.model_dump(mode="json", exclude={"baseline_outcomes"})
-    job.commit = prepared.commit or job.commit
-    for role, outcomes in prepared.baseline_outcomes.items():
-        store_outcomes(session, job.id, ORIGINAL, role, outcomes)
+    job = session.get_one(Job, held.job_id, populate_existing=True)
+    if job.prepared is not None:
+        return
+    spec = JobSpec.model_validate(job.spec)
+    job.prepared = prepared.model_dump(mode="json", exclude={"baseline_outcomes", "geometry"})
+    job.geometry = analysis.stored(prepared.geometry)
+    if spec.original is None:
+        job.commit = prepared.commit or job.commit
+    if spec.kind == "abliterate":  # jobs.results keeps the answers of the others
+        for role, outcomes in prepared.baseline_outcomes.items():
+            store_outcomes(session, job.id, ORIGINAL, role, outcomes)
     session.flush()
-    if first:
+    if prepared.baseline and (spec.kind == "abliterate" or spec.original is not None):
         baseline = {role: scores.model_dump() for role, scores in prepared.baseline.items()}
         events.append(session, job.id, "job", {"state": job.state, "baseline": baseline})
 
@@ -177,7 +200,9 @@ def store_rescored(
     row = _get(session, held.job_id, number)
     if row is None or row.state != "complete":
         raise NotFound(f"Trial {number} has not been scored.")
-    scores = scored.scores.model_dump(mode="json")
+    before = (getattr(row, role) or {}).get("values") if role != "search" else None
+    added = {**(before or {}), **further(scored.scores)}  # a benchmark may have been faster
+    scores = {**scored.scores.model_dump(mode="json"), "values": added}
     if role == "heldout":
         row.heldout = scores
     elif role == "over_refusal":
@@ -185,6 +210,51 @@ def store_rescored(
     store_outcomes(session, held.job_id, number, role, scored.outcomes)
     session.flush()
     events.append(session, held.job_id, "trial", {**summary(row), role: scores})
+
+
+def values(session: Session, job: Job, number: int, role: Role) -> dict[str, Any]:
+    """The further scores of a trial, or of the original (-1), on a role other than search.
+
+    Of a job that searches nothing: those of its original (-1) or of its model (-2).
+    """
+    if job.result is not None:
+        stored = (job.result.get(SIDES[number]) or {}).get(role) or {}
+    elif number == ORIGINAL:
+        stored = ((job.prepared or {}).get("baseline") or {}).get(role) or {}
+    else:
+        stored = getattr(get(session, job.id, number), role) or {}
+    return dict(stored.get("values") or {})
+
+
+def store_values(
+    session: Session, task: Task, token: int, number: int, role: Role, found: dict[str, Value]
+) -> None:
+    """Add further scores to those of a trial or of one of SIDES. Fenced."""
+    held = queue.fence(session, task.id, token)
+    job = session.get_one(Job, held.job_id, populate_existing=True)
+    added = {
+        name: value.model_dump(mode="json")
+        for name, value in found.items()
+        if math.isfinite(value.value)
+    }
+    merged = {**values(session, job, number, role), **added}
+    if job.result is not None:
+        side = job.result[SIDES[number]]
+        scores = {**side[role], "values": merged}
+        job.result = {**job.result, SIDES[number]: {**side, role: scores}}
+        session.flush()
+        return
+    if number == ORIGINAL:
+        prepared = job.prepared or {}
+        scores = {**prepared["baseline"][role], "values": merged}
+        job.prepared = {**prepared, "baseline": {**prepared["baseline"], role: scores}}
+        session.flush()
+        return
+    row = get(session, job.id, number)
+    scores = {**(getattr(row, role) or {}), "values": merged}
+    setattr(row, role, scores)
+    session.flush()
+    events.append(session, job.id, "trial", {**summary(row), role: scores})
 
 
 def store_outcomes(
@@ -207,6 +277,7 @@ def summary(row: Trial) -> dict[str, Any]:
     return {
         "number": row.number,
         "state": row.state,
+        "method": row.method,
         "origin": row.origin,
         "refusals": row.refusals,
         "total": row.total,
@@ -260,40 +331,45 @@ def responses(session: Session, job_id: uuid.UUID, number: int) -> dict[Role, li
 
 
 def front(session: Session, job_id: uuid.UUID) -> list[Trial]:
-    """Pareto-optimal complete trials (least refusals and kl_first), fewest refusals first."""
-    rows = list(
+    """Pareto-optimal complete trials by the job's objectives, the best by the first one first."""
+    objectives = _objectives(session, job_id)
+    return front_of(_complete(session, job_id), objectives)
+
+
+def fronts_by_method(session: Session, job_id: uuid.UUID) -> dict[str, list[Trial]]:
+    """The front that each method has by itself."""
+    objectives = _objectives(session, job_id)
+    rows: defaultdict[str, list[Trial]] = defaultdict(list)
+    for row in _complete(session, job_id):
+        rows[row.method].append(row)
+    return {method: front_of(mine, objectives) for method, mine in rows.items()}
+
+
+def to_check(session: Session, job_id: uuid.UUID) -> list[Trial]:
+    """What is scored again on held-out prompts: all that a front or a comparison shows.
+
+    The job's front, the front of each method (one that another method dominates must still be
+    compared), and each method's single pass, what is had without a search.
+    """
+    chosen = {row.number: row for row in front(session, job_id)}
+    for mine in fronts_by_method(session, job_id).values():
+        chosen |= {row.number: row for row in mine}
+    passes = select(Trial).where(
+        Trial.job_id == job_id, Trial.state == "complete", Trial.origin == "single_pass"
+    )
+    chosen |= {row.number: row for row in session.scalars(passes)}
+    return [chosen[number] for number in sorted(chosen)]
+
+
+def _objectives(session: Session, job_id: uuid.UUID) -> list[str]:
+    return list(JobSpec.model_validate(session.get_one(Job, job_id).spec).objectives)
+
+
+def _complete(session: Session, job_id: uuid.UUID) -> list[Trial]:
+    return list(
         session.scalars(
             select(Trial)
-            .where(
-                Trial.job_id == job_id,
-                Trial.state == "complete",
-                Trial.refusals.is_not(None),
-                Trial.kl_first.is_not(None),
-            )
-            .order_by(Trial.refusals, Trial.kl_first, Trial.number)
+            .where(Trial.job_id == job_id, Trial.state == "complete")
+            .order_by(Trial.number)
         )
     )
-    points = [(float(row.refusals or 0), float(row.kl_first or 0.0)) for row in rows]
-    return [rows[index] for index in pareto(points)]
-
-
-def pareto(points: list[tuple[float, float]]) -> list[int]:
-    """Indices of the points that no other point dominates (both minimised), in ascending order.
-
-    pareto([(0, 3), (1, 1), (2, 2)])  # [0, 1]
-    Equal points do not dominate one another. NaN is never on the front. O(n log n).
-    """
-    known = [(a, b, i) for i, (a, b) in enumerate(points) if a == a and b == b]
-    best_before, found, start = float("inf"), [], 0
-    known.sort()
-    while start < len(known):
-        # all points of one first coordinate: the least second one counts
-        end = start
-        while end < len(known) and known[end][0] == known[start][0]:
-            end += 1
-        least = known[start][1]
-        if least < best_before:
-            found += [i for _, b, i in known[start:end] if b == least]
-            best_before = least
-        start = end
-    return sorted(found)

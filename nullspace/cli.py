@@ -26,7 +26,16 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from nullspace.client import ClientError
-from nullspace.commands import jobs, people, prompts, service, trials
+from nullspace.commands import (
+    evaluations,
+    geometry,
+    jobs,
+    people,
+    prompts,
+    reproduce,
+    service,
+    trials,
+)
 from nullspace.download import DownloadFailed
 from nullspace.guarded import StartFailed
 from nullspace.terminal import out, say
@@ -40,7 +49,7 @@ app = typer.Typer(
 )
 # typer brings a click of its own, or uses the one that is installed: its name depends on that
 UsageError: Any = typer.BadParameter.__mro__[1]
-for group in (service, jobs, trials, prompts, people):
+for group in (service, jobs, evaluations, trials, geometry, prompts, people, reproduce):
     group.register(app)
 
 

@@ -85,6 +85,15 @@ class Client:
 
     def request(self, method: str, path: str, **options: Any) -> Any:
         """One request below /api/v1; its JSON, None without a body. Raises ClientError."""
+        response = self._send(method, path, **options)
+        if not response.content:
+            return None
+        try:
+            return response.json()
+        except ValueError as error:
+            raise Unreachable(f"{self.url} does not answer like a Nullspace server") from error
+
+    def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:
             response = self._http.request(method, API + path, **options)
         except httpx.InvalidURL as error:
@@ -93,12 +102,7 @@ class Client:
             raise Unreachable(unreachable(self.url, error)) from error
         if response.is_error:
             raise refusal(response)
-        if not response.content:
-            return None
-        try:
-            return response.json()
-        except ValueError as error:
-            raise Unreachable(f"{self.url} does not answer like a Nullspace server") from error
+        return response
 
     # --- jobs -----------------------------------------------------------------------------------
 
@@ -116,7 +120,7 @@ class Client:
         return _object(self.request("POST", "/estimate", json=spec))
 
     def jobs(self, **filters: Any) -> Iterator[Json]:
-        """All jobs that the caller may see, newest first. Filters: state, mine, q."""
+        """All jobs that the caller may see, newest first. Filters: state, kind, mine, q."""
         cursor: str | None = None
         while True:
             query = {key: value for key, value in filters.items() if value is not None}
@@ -171,11 +175,59 @@ class Client:
             found, key=lambda trial: (trial["search"]["refusals"], trial["search"]["kl_first"])
         )
 
+    def methods(self, job: str) -> list[Json]:
+        """The job's methods side by side."""
+        found: list[Json] = self.request("GET", f"/jobs/{job}/methods")["items"]
+        return found
+
+    def geometry(self, job: str) -> Json:
+        """How prompts lie in the model's residual stream: figures and points by layer."""
+        return _object(self.request("GET", f"/jobs/{job}/geometry"))
+
+    def geometry_svg(self, job: str, layer: int | None = None) -> str:
+        """That as an SVG file: lines over the layers, or the points of one layer."""
+        name = "lines" if layer is None else str(layer)
+        return self._send("GET", f"/jobs/{job}/geometry/{name}.svg").text
+
+    def kernel_svg(self, job: str, number: int) -> str:
+        """A trial's edit strength λ over the layers as an SVG file."""
+        return self._send("GET", f"/jobs/{job}/trials/{number}/kernel.svg").text
+
     def pick(self, job: str, number: int, picked: bool = True) -> Json:
         """Pick a trial: its files are kept."""
         return _object(
             self.request("POST", f"/jobs/{job}/trials/{number}/pick", json={"picked": picked})
         )
+
+    def answers(self, job: str) -> dict[str, list[Json]]:
+        """By role, what the model of an evaluate job said, next to the original's answers."""
+        found: dict[str, list[Json]] = self.request("GET", f"/jobs/{job}/answers")["responses"]
+        return found
+
+    def benchmark(self, job: str, number: int, tasks: list[str], limit: int | None = None) -> Json:
+        """Run harness tasks on a trial, and on the original where that was not done."""
+        body: Json = {"tasks": tasks, "limit": limit}
+        return _object(self.request("POST", f"/jobs/{job}/trials/{number}/benchmarks", json=body))
+
+    def benchmarks(self, job: str, number: int) -> list[Json]:
+        """The benchmarks that were asked for of a trial, oldest first."""
+        return list(self.request("GET", f"/jobs/{job}/trials/{number}/benchmarks")["items"])
+
+    def stop_benchmark(self, job: str, benchmark: str) -> Json:
+        """Call a benchmark off; what it has measured stays."""
+        return _object(self.request("POST", f"/jobs/{job}/benchmarks/{benchmark}/stop"))
+
+    def wait_benchmark(self, job: str, number: int, benchmark: str) -> Json:
+        """Wait until a benchmark of a trial is done. ClientError when it failed."""
+        while True:
+            found = next(b for b in self.benchmarks(job, number) if b["id"] == benchmark)
+            if found["state"] == "done":
+                return found
+            if found["state"] in ("failed", "cancelled"):
+                error = found.get("error") or {}
+                text = sentences(error.get("message"), error.get("mend"))
+                raise ClientError(f"the benchmark {found['state']}: {text or 'see the log'}")
+            time.sleep(0.5)
 
     def chat(self, job: str, prompt: str, *, trial: int | None = None, tokens: int = 200) -> Json:
         """Ask the original (trial None) or an edited model one question. Waits for a worker."""

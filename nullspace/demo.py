@@ -19,10 +19,12 @@ from nullspace import one_job, up
 from nullspace.client import Client, Json
 from nullspace.terminal import (
     FRONT,
+    METHODS,
     dump,
     duration,
     err,
     front_rows,
+    method_rows,
     number,
     plain,
     ratio,
@@ -35,11 +37,12 @@ FOLDER = Path("nullspace-demo")
 TITLES = {"search": "search", "heldout": "held-out", "over_refusal": "look-alikes"}
 
 
-def spec(trials: int) -> Json:
-    """The demo job: the default search on the demo model and its prompt sets."""
+def spec(trials: int, methods: list[str] | None = None) -> Json:
+    """The demo job: MPOA, or what `methods` names, on the demo model and its prompt sets."""
     return {
         "name": "Demo",
         "model": "demo",
+        "methods": methods or ["mpoa"],
         "trials": trials,
         "quantization": "none",
         "max_new_tokens": 40,
@@ -54,6 +57,7 @@ def spec(trials: int) -> Json:
 def demo(
     *,
     trials: int,
+    methods: list[str] | None = None,
     data: Path | None,
     port: int | None,
     as_json: bool,
@@ -80,7 +84,7 @@ def demo(
         running = stack.enter_context(up.service(up.Options(folder, port=port), say))
         watch.enter("")
         say(f"dashboard: {running.url}  (sign in: {up.account(running)})")
-        found = _conduct(running, trials, watch)
+        found = _conduct(running, spec(trials, methods), watch)
         _tell(found)
         if as_json:
             dump({key: value for key, value in found.items() if key != "samples"})
@@ -90,11 +94,11 @@ def demo(
             threading.Event().wait()
 
 
-def _conduct(running: up.Service, trials: int, watch: one_job.Stopwatch) -> Json:
+def _conduct(running: up.Service, asked: Json, watch: one_job.Stopwatch) -> Json:
     with running.client() as client:
         with sink() as view:
-            say(f"submitting the demo job: {trials} trials")
-            job = one_job.search(client, spec(trials), view, watch)
+            say(f"submitting the demo job: {asked['trials']} trials")
+            job = one_job.search(client, asked, view, watch)
         identity = str(job["id"])
         front = client.front(identity)
         pick = one_job.best(front)
@@ -113,6 +117,7 @@ def _conduct(running: up.Service, trials: int, watch: one_job.Stopwatch) -> Json
         )
         front = client.front(identity)
         pick = next(trial for trial in front if trial["number"] == pick["number"])
+        compared = client.methods(identity)
     return {
         "address": running.url,
         "job": identity,
@@ -120,6 +125,7 @@ def _conduct(running: up.Service, trials: int, watch: one_job.Stopwatch) -> Json
         "baseline": {role: _scores(scores) for role, scores in job["baseline"].items()},
         "front": [_point(trial) for trial in front],
         "pick": _point(pick),
+        "methods": compared,
         "restored": restored,
         "artifacts": files,
         "seconds": watch.seconds,
@@ -157,6 +163,7 @@ def _point(trial: Json) -> Json:
     return {
         "number": trial["number"],
         "picked": trial["picked"],
+        "method": trial["method"],
         "candidate": trial["candidate"],
         **{role: _scores(trial.get(role)) for role in ("search", "heldout", "over_refusal")},
     }
@@ -166,6 +173,9 @@ def _tell(found: Json) -> None:
     """The result for people, on stderr."""
     say("\nPareto front (fewer refusals, less change)", "bold")
     table(FRONT, front_rows(found["front"]), console=err)
+    if len(found["methods"]) > 1:
+        say("\nMethods side by side", "bold")
+        table(METHODS, method_rows(found["methods"]), console=err)
     pick = found["pick"]
     say(
         f"\nPicked: trial {pick['number']} (least KL, at most 2 % above the fewest refusals)",

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from jobs import fronts
 from nullspace.client import Client, Event, Json
 from nullspace.watch import Sink, follow
 
 EVALUATING = ("evaluate", "running")
-TOLERANCE = 0.02 + 1e-9  # of the refusal rate; see `best`
 
 
 @dataclass
@@ -60,18 +60,13 @@ def search(client: Client, spec: Json, view: Sink, watch: Stopwatch) -> Json:
 
 
 def best(front: list[Json]) -> Json:
-    """The rule of `--pick best`: least first-token KL among the trials that refuse hardly more.
+    """The rule of `--pick best` (`jobs.fronts.best`), over all methods of the job.
 
-    "Hardly": at most TOLERANCE above the front's lowest held-out refusal rate, a difference far
-    inside the interval of a hundred prompts. Held-out figures, because those of the search were
-    what the search optimised; trials without them are compared by their search figures.
+    Held-out figures, because those of the search were what the search optimised; trials without
+    them are compared by their search figures.
     """
-    rates = {trial["number"]: _figures(trial)[0] for trial in front}
-    allowed = min(rates.values()) + TOLERANCE
-    return min(
-        (trial for trial in front if rates[trial["number"]] <= allowed),
-        key=lambda trial: (_figures(trial)[1], trial["number"]),
-    )
+    trials = sorted(front, key=lambda trial: int(trial["number"]))
+    return trials[fronts.best([_figures(trial) for trial in trials])]
 
 
 def _figures(trial: Json) -> tuple[float, float]:

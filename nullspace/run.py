@@ -11,7 +11,17 @@ from pathlib import Path
 
 from nullspace import one_job, up
 from nullspace.client import Client, ClientError, Json
-from nullspace.terminal import FRONT, dump, err, front_rows, say, show, table
+from nullspace.terminal import (
+    FRONT,
+    METHODS,
+    dump,
+    err,
+    front_rows,
+    method_rows,
+    say,
+    show,
+    table,
+)
 from nullspace.watch import sink
 
 
@@ -43,6 +53,8 @@ def run(
     """
     from nullspace.prompt_files import set_of
 
+    if spec.get("kind", "abliterate") != "abliterate":
+        raise ClientError("`nullspace run` searches; submit other kinds of jobs to a server")
     if pick not in (None, "best") and not str(pick).isdigit():
         raise ClientError("--pick is `best` or a trial's number")
     if output.exists() and any(output.iterdir()):
@@ -64,6 +76,9 @@ def run(
             identity = str(job["id"])
             front = client.front(identity)
             table(FRONT, front_rows(front), console=err)
+            compared = client.methods(identity)
+            if len(compared) > 1:
+                table(METHODS, method_rows(compared), console=err)
             chosen = choose(client, identity, front, pick)
             client.pick(identity, chosen)
             say(f"exporting trial {chosen}")
@@ -72,7 +87,7 @@ def run(
     trial.pop("responses")
     if as_json:
         dump({"job": identity, "baseline": job["baseline"], "front": front, "pick": trial,
-              "artifacts": files, "seconds": watch.seconds})  # fmt: skip
+              "methods": compared, "artifacts": files, "seconds": watch.seconds})  # fmt: skip
     else:
         for each in files:
             show(each["path"])

@@ -109,7 +109,7 @@ def when(text: str | None) -> str:
     return dt.datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
-FRONT = ("#trial", "search", "#KL first", "#KL multi", "held-out", "#KL first", "mode", "picked")
+FRONT = ("#trial", "search", "#KL first", "#KL multi", "held-out", "#KL first", "method", "picked")
 
 
 def front_rows(trials: Iterable[Json]) -> Iterable[Sequence[object]]:
@@ -123,6 +123,32 @@ def front_rows(trials: Iterable[Json]) -> Iterable[Sequence[object]]:
             number(search.get("kl_multi")),
             ratio(heldout),
             number(heldout.get("kl_first")),
-            trial.get("candidate", {}).get("mode", "-"),
+            trial.get("method", "-"),
             "yes" if trial.get("picked") else "",
+        )
+
+
+METHODS = (
+    "method", "#trials", "#front", "#hypervolume", "#best", "search", "held-out", "#KL first",
+    "#KL multi", "#s/trial",
+)  # fmt: skip
+
+
+def method_rows(methods: Iterable[Json]) -> Iterable[Sequence[object]]:
+    """Rows of the table with the columns METHODS; KLs on held-out prompts where measured."""
+    for method in methods:
+        best = method["best"] or {}
+        search, heldout = best.get("search"), best.get("heldout")
+        shown = heldout or search or {}
+        yield (
+            method["method"],
+            f"{method['complete']}/{method['budget']}",
+            len(method["front"]),
+            number(method["hypervolume"]),
+            best.get("number", "-"),
+            ratio(search),
+            ratio(heldout),
+            number(shown.get("kl_first")),
+            number(shown.get("kl_multi")),
+            number(method["seconds"]),
         )

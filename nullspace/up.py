@@ -32,7 +32,7 @@ ADMIN = "admin@localhost"
 START_SECONDS = 120.0
 WORKER_GRACE = 60.0
 SERVER_PAUSE = 5.0
-SEARCHES = "search,evaluate,chat"
+SEARCHES = "search,evaluate,chat,benchmark"
 EXPORTS = "export"
 NOT_FOR_CHILDREN = frozenset(
     f"NULLSPACE_{name}" for name in ("TOKEN", "URL", "ADMIN_EMAIL", "ADMIN_PASSWORD")

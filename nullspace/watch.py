@@ -102,6 +102,10 @@ def tell(event: Event, view: Sink) -> None:
         search = said["baseline"].get("search") or {}
         if search:
             view.line(f"the original refuses {search.get('refusals')}/{search.get('total')}")
+    elif event.kind == "job" and said.get("result"):
+        for side in ("original", "model"):
+            if scores := said["result"].get(side):
+                view.line(f"the {side} refuses {scores.get('refusals')}/{scores.get('total')}")
     elif event.kind == "task" and said.get("error"):
         view.line(f"{said.get('task')}: {explain(said['error'])}")
 
@@ -147,7 +151,8 @@ def course(job: Json) -> str:
     parts = [job["state"]]
     if job["desired_state"] != "run" and job["state"] in ("queued", "running"):
         parts.append(f"{job['desired_state']} requested")
-    parts.append(f"{trials['complete']}/{trials['budget']} trials")
+    if trials["budget"]:
+        parts.append(f"{trials['complete']}/{trials['budget']} trials")
     if job.get("waiting"):
         parts.append(str(job["waiting"]))
     if job.get("eta_seconds") is not None and job["state"] == "running":

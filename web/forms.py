@@ -9,15 +9,19 @@ from fastapi import Depends, Request
 from pydantic import ValidationError
 from starlette.datastructures import FormData
 
-MODES = ("full", "none", "pre", "columns")
-SELECTS = ("method", "quantization", "dtype", "device")
+from jobs.spec.job import UNUSED
+from jobs.spec.methods import METHODS
+
+SELECTS = ("kind", "quantization", "dtype", "device", "device_map")
+GROUPS = ("methods", "objectives", "scorers")  # of check boxes
 NUMBERS = (
     "trials", "startup_trials", "max_new_tokens", "kl_tokens", "seed", "priority", "parallelism",
-    "prompts.direction", "prompts.search", "prompts.heldout",
+    "prompts.direction", "prompts.search", "prompts.heldout", "task_limit",
 )  # fmt: skip
-TEXTS = ("name", "model", "revision", "system_prompt", "prompts.harmful", "prompts.harmless",
-         "prompts.over_refusal")  # fmt: skip
-SWITCHES = ("projected", "private")
+TEXTS = ("name", "model", "original", "revision", "system_prompt", "prompts.harmful",
+         "prompts.harmless", "prompts.over_refusal", "prompts.texts", "judge")  # fmt: skip
+LINES = ("markers", "tasks")
+SWITCHES = ("allow_partial", "private")
 
 
 async def _fields(request: Request) -> AsyncIterator[FormData]:
@@ -38,10 +42,11 @@ def text_of(fields: FormData, name: str) -> str:
 def kept(fields: FormData) -> dict[str, Any]:
     """What was typed, by field name, to fill the form again."""
     values: dict[str, Any] = {
-        name: text_of(fields, name) for name in (*SELECTS, *NUMBERS, *TEXTS, "markers")
+        name: text_of(fields, name) for name in (*SELECTS, *NUMBERS, *TEXTS, *LINES)
     }
     values |= {name: text_of(fields, name) == "on" for name in SWITCHES}
-    values["modes"] = [value for value in fields.getlist("modes") if isinstance(value, str)]
+    for name in GROUPS:
+        values[name] = [value for value in fields.getlist(name) if isinstance(value, str)]
     return values
 
 
@@ -59,14 +64,19 @@ def specification(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             spec[name] = value
     spec.setdefault("model", "")
-    if spec.get("method") == "single_pass":
+    known = [METHODS[name] for name in values["methods"] if name in METHODS]
+    if known and all(method.kind == "fixed" for method in known):
         # The form hides nothing without scripts: a budget that does not apply must not be a fault.
         spec.pop("trials", None)
         spec.pop("startup_trials", None)
-    spec |= {name: values[name] for name in SWITCHES}
-    spec["modes"] = values["modes"]
-    spec["markers"] = [line.strip() for line in values["markers"].splitlines() if line.strip()]
-    return spec
+    spec |= {name: values[name] for name in (*SWITCHES, *GROUPS)}
+    for name in LINES:
+        spec[name] = [line.strip() for line in values[name].splitlines() if line.strip()]
+    if spec["tasks"] and "harness" not in spec["scorers"]:
+        spec["scorers"] = [*spec["scorers"], "harness"]
+    # hidden by a style sheet alone: what the kind has no use for must not be a fault either
+    unused = UNUSED.get(spec.get("kind", "abliterate"), ())
+    return {name: value for name, value in spec.items() if name not in unused}
 
 
 def faults(error: ValidationError) -> dict[str, str]:
@@ -92,7 +102,7 @@ def sentence(kind: str, context: Mapping[str, Any], message: str) -> str:
         "float_parsing": "Write a number.",
         "missing": "Fill this in.",
         "string_too_long": f"At most {context.get('max_length')} characters.",
-        "too_short": "Choose at least one.",
+        "too_short": f"Choose at least {context.get('min_length', 1)}.",
         "too_long": f"At most {context.get('max_length')}.",
         "greater_than_equal": f"At least {context.get('ge')}.",
         "greater_than": f"More than {context.get('gt')}.",

@@ -8,6 +8,7 @@ from web.routes import (
     account,
     actions,
     artifact,
+    geometry,
     job,
     job_list,
     prompt_sets,
@@ -19,6 +20,6 @@ from web.routes import (
 )
 
 router = APIRouter(include_in_schema=False)
-for part in (signin, job_list, submit, job, actions, trial, artifact, prompt_sets, workers, tokens,
-             account):  # fmt: skip
+for part in (signin, job_list, submit, job, geometry, actions, trial, artifact, prompt_sets,
+             workers, tokens, account):  # fmt: skip
     router.include_router(part.router)

@@ -1,4 +1,4 @@
-"""Plots as SVG text. Pure: numbers in, escaped markup out; colours come from the style sheet."""
+"""Plots of scores as SVG text. Pure: numbers in, escaped markup out; the style sheet colours."""
 
 from __future__ import annotations
 
@@ -8,24 +8,22 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from jobs.spec.candidate import Candidate
+from jobs.drawing.axes import Axis
 
+# Corners of the marks of compared methods, in radii from the middle; () is a circle. No diamond:
+# that is a held-out score.
+SHAPES: tuple[tuple[tuple[float, float], ...], ...] = (
+    (),
+    ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9)),
+    ((0, -1.2), (1.15, 0.85), (-1.15, 0.85)),
+    ((0, 1.2), (1.15, -0.85), (-1.15, -0.85)),
+    ((-0.4, -1.1), (0.4, -1.1), (0.4, -0.4), (1.1, -0.4), (1.1, 0.4), (0.4, 0.4), (0.4, 1.1),
+     (-0.4, 1.1), (-0.4, 0.4), (-1.1, 0.4), (-1.1, -0.4), (-0.4, -0.4)),
+    ((0, -1.15), (1.1, -0.35), (0.7, 0.95), (-0.7, 0.95), (-1.1, -0.35)),
+    ((-0.6, -1.05), (0.6, -1.05), (1.2, 0), (0.6, 1.05), (-0.6, 1.05), (-1.2, 0)),
+)  # fmt: skip
+COLOURS = 5
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-
-
-@dataclass(frozen=True)
-class Axis:
-    """A linear map of [low, high] to pixels [start, end]; values outside go to the ends."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-
-    def at(self, value: float) -> float:
-        """The pixel of `value`."""
-        part = (value - self.low) / (self.high - self.low)
-        return self.start + (self.end - self.start) * min(1.0, max(0.0, part))
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,10 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Mark:
-    """One trial in the plane: KL divergence in nats against refusals out of `total`."""
+    """One trial in the plane: KL divergence in nats against refusals out of `total`.
+
+    `series`: which of several compared methods it is of; None where there is one.
+    """
 
     number: int
     refusals: int
@@ -53,6 +54,7 @@ class Mark:
     front: bool = False
     picked: bool = False
     heldout: HeldOut | None = None
+    series: int | None = None
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,22 @@ def _grid(
     return Markup("").join(parts)
 
 
+def shape(series: int | None, x: float, y: float, r: float) -> Markup:
+    """The mark of a method at (x, y): one of SHAPES, about as large as a circle of radius `r`.
+
+    Its class `s0` to `s4` colours it. Seven shapes and five colours: no two of 35 are alike, and
+    the shape alone tells the first seven apart.
+    """
+    if series is None:
+        return Markup('<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="{}"/>').format(x, y, r)
+    colour = f"dot s{series % COLOURS}"
+    corners = SHAPES[series % len(SHAPES)]
+    if not corners:
+        return Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="{}"/>').format(colour, x, y, r)
+    places = "L".join(f"{x + r * dx:.1f} {y + r * dy:.1f}" for dx, dy in corners)
+    return Markup('<path class="{}" d="M{}Z"/>').format(colour, places)
+
+
 def _point(mark: Mark, px: float, py: float) -> Markup:
     kind = "picked" if mark.picked else "front" if mark.front else "tried"
     ring = (
@@ -224,7 +242,7 @@ def _point(mark: Mark, px: float, py: float) -> Markup:
     return Markup(
         '<a class="point {kind}" href="{href}"{tab} data-number="{number}" aria-label="{title}">'
         '<title>{title}</title><circle class="hit" cx="{x:.1f}" cy="{y:.1f}" r="{hit}"/>{ring}'
-        '<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{r}"/></a>'
+        "{dot}</a>"
     ).format(
         kind=kind,
         href=mark.href,
@@ -235,7 +253,7 @@ def _point(mark: Mark, px: float, py: float) -> Markup:
         y=py,
         ring=ring,
         hit=12 if mark.front or mark.picked else 7,
-        r=5.5 if mark.front or mark.picked else 3.5,
+        dot=shape(mark.series, px, py, 5.5 if mark.front or mark.picked else 3.5),
     )
 
 
@@ -253,81 +271,6 @@ def _heldout(mark: Mark, held: HeldOut, px: float, y: Axis, total: int) -> Marku
         low=y.at(held.low * total), high=y.at(held.high * total),
         a=py - d, b=py + d, l=px - d, r=px + d,
     )  # fmt: skip
-
-
-def weights(candidate: Candidate, layers: int) -> list[tuple[int, float, float]]:
-    """λ of every layer: (layer from 0, attention, MLP)."""
-    return [
-        (layer, candidate.attention.weight(layer), candidate.mlp.weight(layer))
-        for layer in range(layers)
-    ]
-
-
-def kernel(candidate: Candidate, layers: int, *, width: int = 360, height: int = 200) -> Markup:
-    """λ over the layers: attention as circles on a solid line, MLP as squares on a dashed one."""
-    left, right, top, bottom = 34, 12, 20, 38
-    rows = weights(candidate, layers)
-    peak = max([1.0, *(max(a, m) for _, a, m in rows)])
-    x = Axis(0, max(layers - 1, 1), left + 8, width - right - 8)
-    y = Axis(0, math.ceil(peak * 4) / 4, height - bottom, top)
-    base = height - bottom
-    parts: list[Markup] = []
-    for value in (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0):
-        if value <= y.high:
-            parts.append(
-                Markup(
-                    '<line class="grid" x1="{}" x2="{}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                    '<text class="tick" x="{}" y="{t:.1f}" text-anchor="end">{v:g}</text>'
-                ).format(left, width - right, left - 6, y=y.at(value), t=y.at(value) + 4, v=value)
-            )
-    step = max(1, math.ceil(layers / 8))
-    for layer in range(0, layers, step):
-        parts.append(
-            Markup('<text class="tick" x="{:.1f}" y="{}" text-anchor="middle">{}</text>').format(
-                x.at(layer), base + 16, layer
-            )
-        )
-    if candidate.scope == "global" and candidate.index is not None:
-        px = x.at(candidate.index)
-        parts.append(
-            Markup('<line class="direction" x1="{x:.1f}" x2="{x:.1f}" y1="{}" y2="{}"/>').format(
-                top, base, x=px
-            )
-        )
-    for name, column in (("attention", 1), ("mlp", 2)):
-        places = [(x.at(row[0]), y.at(row[column]), row[column]) for row in rows]
-        path = "M" + "L".join(f"{px:.1f} {py:.1f}" for px, py, _ in places)
-        parts.append(Markup('<path class="curve {}" d="{}"/>').format(name, path))
-        for (px, py, value), row in zip(places, rows, strict=True):
-            title = f"layer {row[0]}, {'MLP' if name == 'mlp' else name}: λ {value:.2f}"
-            shape = (
-                Markup('<circle cx="{:.1f}" cy="{:.1f}" r="3.4"/>').format(px, py)
-                if name == "attention"
-                else Markup('<rect x="{:.1f}" y="{:.1f}" width="6" height="6"/>').format(
-                    px - 3, py - 3
-                )
-            )
-            parts.append(
-                Markup('<g class="knot {}" data-layer="{}"><title>{}</title>{}</g>').format(
-                    name, row[0], title, shape
-                )
-            )
-    parts.append(
-        Markup(
-            '<path class="axis" d="M{l} {t}V{b}H{r}"/>'
-            '<text class="axis-label" x="{r}" y="{xl}" text-anchor="end">layer →</text>'
-            '<text class="axis-label" x="4" y="12">strength λ</text>'
-        ).format(l=left, t=top, b=base, r=width - right, xl=height - 6)
-    )
-    return Markup(
-        '<svg class="plot kernel" viewBox="0 0 {w} {h}" width="{w}" height="{h}" role="img" '
-        'aria-label="{label}">{body}</svg>'
-    ).format(
-        w=width,
-        h=height,
-        label="Edit strength λ over the layers; the same numbers follow as a table",
-        body=Markup("").join(parts),
-    )
 
 
 def rate(share: float, low: float, high: float, *, width: int = 180, height: int = 14) -> Markup:

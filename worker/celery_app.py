@@ -35,6 +35,8 @@ from worker.supervisor import work
 from worker.tasks import TASKS
 
 log = logging.getLogger(__name__)
+# at INFO it names the address of every request, and a judge's or a webhook's may hold a secret
+logging.getLogger("httpx").setLevel(logging.WARNING)
 app = Celery("nullspace")
 app.conf.update(
     task_acks_late=False,

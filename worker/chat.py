@@ -1,11 +1,11 @@
-"""The chat task: answers of a trial's model, or of the original, to a few prompts."""
+"""The chat task: answers of a trial's model, or of the job's own, to a few prompts."""
 
 from __future__ import annotations
 
 from sqlalchemy.orm import Session
 
 from jobs import events, queue, trials
-from jobs.spec.candidate import Candidate
+from jobs.spec.candidate import parse
 from jobs.spec.protocol import Respond, Responses
 from worker.run import Run
 
@@ -17,8 +17,11 @@ def chat(run: Run) -> None:
     candidate = None
     if number is not None:
         row = run.lease.write(lambda session: trials.get(session, run.job.id, int(number)))
-        candidate = Candidate.model_validate(row.candidate)
-    run.prepare()
+        candidate = parse(row.candidate)
+    if run.spec.kind == "abliterate":
+        run.prepare()
+    else:
+        run.prepare_for(run.request_for("model", "respond"))
     request = Respond(
         prompts=prompts,
         candidate=candidate,

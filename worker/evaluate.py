@@ -1,62 +1,55 @@
-"""The evaluate task: the front and the single pass again, on prompts nothing has been fitted to.
+"""The evaluate task: fronts and single passes again, on prompts nothing has been fitted to.
 
 The best of 200 trials on the same 100 prompts is the least of 200 noisy numbers. Held-out prompts
-were seen by neither the directions nor the search.
+were seen by neither the directions nor the search. Then, where the job asks for them, the dear
+scores: a judge of every answer, and harness tasks on the best trial of each method.
+
+What has a score already is left out, so that a restart repeats nothing.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from sqlalchemy.orm import Session
 
-from jobs import queue, trials
-from jobs.spec.candidate import Candidate
-from jobs.spec.protocol import Score, Scored, ScoredBatch
-from jobs.spec.scores import Role
-from jobs.tables import Trial
+from jobs import comparison, trials
+from jobs.spec.candidate import parse
+from jobs.tables import Job
+from worker import sides
+from worker.benchmark import measure
+from worker.judging import judge
+from worker.rescoring import rescore
 from worker.run import Run
-
-SINGLE_PASS = 0
-ROLES: tuple[Role, ...] = ("heldout", "over_refusal")  # columns of a trial, too
 
 
 def evaluate(run: Run) -> None:
-    """Re-score every front trial and trial 0 on held-out and over-refusal prompts.
-
-    What has scores already is left out, so a restart does not repeat it.
-    """
+    """Score what fronts and comparisons show; or what a job without a search asks for."""
+    if run.spec.kind != "abliterate":
+        (sides.evaluate if run.spec.kind == "evaluate" else sides.benchmark)(run)
+        return
     prepared = run.prepare()
-    chosen = run.lease.write(lambda session: _chosen(session, run))
-    size = run.batch_size(prepared)
-    todo: list[tuple[Role, list[Trial]]] = []
-    for role in ROLES:
-        missing = [trial for trial in chosen if getattr(trial, role) is None]
-        if role in prepared.baseline:
-            todo += [(role, missing[at : at + size]) for at in range(0, len(missing), size)]
-    total = sum(len(batch) for _, batch in todo)
-    done = 0
-    for role, batch in todo:
-        run.lease.check()
-        run.progress("checking the front", done, total, role)
-        candidates = [Candidate.model_validate(trial.candidate) for trial in batch]
-        result = run.ask(Score(candidates=candidates, role=role), on_progress=lambda answer: None)
-        for trial, scored in zip(
-            batch, ScoredBatch.model_validate(result.value).scored, strict=True
-        ):
-            run.write(partial(_store, run, trial.number, role, scored))
-        done += len(batch)
-    run.progress("checking the front", total, total)
+    chosen = run.lease.write(lambda session: trials.to_check(session, run.job.id))
+    rescore(run, prepared, chosen, "checking the front")
+    if "harness" in run.spec.scorers:
+        _benchmark(run)
+    if "judge" in run.spec.scorers:
+        judge(run, [trials.ORIGINAL, *(trial.number for trial in chosen)])
 
 
-def _chosen(session: Session, run: Run) -> list[Trial]:
-    front = trials.front(session, run.job.id)
-    if all(trial.number != SINGLE_PASS for trial in front):
-        front.append(trials.get(session, run.job.id, SINGLE_PASS))
-    return front
+def _benchmark(run: Run) -> None:
+    """Harness tasks on the original and on the best trial of each method."""
+    for number, candidate in run.lease.write(partial(_best, run)):
+        edit = None if candidate is None else parse(candidate)
+        measure(run, number, edit, run.spec.tasks, run.spec.task_limit)
 
 
-def _store(run: Run, number: int, role: Role, scored: Scored, session: Session) -> None:
-    trials.store_rescored(session, run.task, run.token, number, role, scored)
-    # progress, as a finished trial is: engine deaths are counted from here again
-    queue.fence(session, run.task.id, run.token).crashes = 0
+def _best(run: Run, session: Session) -> list[tuple[int, dict[str, Any] | None]]:
+    """The original and the best trials, with their candidates."""
+    job = session.get_one(Job, run.job.id)
+    numbers = [report.best.number for report in comparison.compare(session, job) if report.best]
+    return [
+        (trials.ORIGINAL, None),
+        *((each, trials.get(session, job.id, each).candidate) for each in dict.fromkeys(numbers)),
+    ]

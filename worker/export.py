@@ -7,15 +7,17 @@ import os
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from sqlalchemy.orm import Session
 
 from jobs import artifacts, lifecycle, trials
-from jobs.spec.candidate import Candidate
+from jobs.spec.candidate import parse
+from jobs.spec.methods import METHODS, MethodName
 from jobs.spec.protocol import Export, Exported, Prepared
 from jobs.spec.scores import Scores
 from jobs.tables import Artifact, Trial
+from jobs.trial_scores import search_scores
 from worker.problems import EngineError
 from worker.run import Run
 
@@ -31,7 +33,7 @@ def export(run: Run) -> None:
         _clear(base, artifact_id)
         temporary.mkdir(parents=True)
         request = Export(
-            candidate=Candidate.model_validate(trial.candidate),
+            candidate=parse(trial.candidate),
             kind=artifact.kind,
             directory=str(temporary),
             rank=artifact.rank or artifacts.DEFAULT_RANK,
@@ -51,16 +53,8 @@ def export(run: Run) -> None:
 
 def card(run: Run, prepared: Prepared, trial: Trial) -> dict[str, Any]:
     """What the model card states: the source, the edit, and every score with its interval."""
-    scores = {
-        "search": Scores(
-            role="search",
-            refusals=trial.refusals or 0,
-            total=trial.total or 0,
-            kl_first=trial.kl_first,
-            kl_multi=trial.kl_multi,
-            mean_tokens=trial.mean_tokens or 0.0,
-        )
-    }
+    search = search_scores(trial)
+    scores = {"search": search} if search is not None else {}
     for role, stored in (("heldout", trial.heldout), ("over_refusal", trial.over_refusal)):
         if stored is not None:
             scores[role] = Scores.model_validate(stored)
@@ -69,7 +63,9 @@ def card(run: Run, prepared: Prepared, trial: Trial) -> dict[str, Any]:
         "commit": prepared.commit or run.job.commit,
         "architecture": prepared.anatomy.architecture,
         "coverage": prepared.anatomy.coverage,
-        "method": run.spec.method,
+        "method": METHODS[cast(MethodName, trial.method)].title,
+        "method_name": trial.method,
+        "methods": run.spec.methods,
         "quantization": run.spec.quantization,
         "dtype": prepared.dtype,
         "max_new_tokens": run.spec.max_new_tokens,
@@ -77,6 +73,7 @@ def card(run: Run, prepared: Prepared, trial: Trial) -> dict[str, Any]:
         "trial": trial.number,
         "trials": run.lease.write(lambda session: lifecycle.completed(session, run.job.id)),
         "seed": run.spec.seed,
+        "prompts": run.spec.prompts.model_dump(mode="json"),
         "candidate": trial.candidate,
         "baseline": {role: _with_interval(value) for role, value in prepared.baseline.items()},
         "scores": {role: _with_interval(value) for role, value in scores.items()},

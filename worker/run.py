@@ -8,15 +8,20 @@ from typing import TypeVar
 
 from sqlalchemy.orm import Session
 
-from jobs import models, progress, trials
+from jobs import models, progress, results, trials
 from jobs.queue import Claim
+from jobs.results import Side
+from jobs.spec import scorers
 from jobs.spec.job import JobSpec
+from jobs.spec.methods import needs_affine, needs_ara, recipes
 from jobs.spec.protocol import (
+    NOTHING,
     Partial,
     Prepare,
     Prepared,
     Progress,
     PromptTexts,
+    Purpose,
     Request,
     Result,
 )
@@ -100,7 +105,19 @@ class Run:
 
     def prepare(self) -> Prepared:
         """An engine that is ready for this job: the warm one if it is, else a new one."""
-        request = self._prepare_request()
+        if self.spec.kind == "abliterate":
+            request = self.request_for("model", "abliterate")
+        else:
+            request = self.request_for(results.sides(self.spec)[0], "evaluate")
+        prepared = self.prepare_for(request)
+        if self.job.prepared is None:
+            self.write(
+                lambda session: trials.store_baseline(session, self.task, self.token, prepared)
+            )
+        return prepared
+
+    def prepare_for(self, request: Prepare) -> Prepared:
+        """An engine that is ready for `request`."""
         _, ready = self.station.engine_for(request, self.log)
         if ready and self.station.prepared is not None:
             self.log.line("info", "the engine is still prepared for this job")
@@ -109,28 +126,38 @@ class Run:
             self.progress("starting the engine")
             prepared = Prepared.model_validate(self.ask(request).value)
             self.station.note_prepared(request, prepared)
-        if self.job.prepared is None:
-            self.write(
-                lambda session: trials.store_baseline(session, self.task, self.token, prepared)
-            )
         return prepared
 
     def batch_size(self, prepared: Prepared) -> int:
         """How many candidates to score in one request on the engine's device."""
         return self.station.own.batch or BATCH.get(prepared.device.split(":")[0], 1)
 
-    def _prepare_request(self) -> Prepare:
+    def request_for(self, side: Side, purpose: Purpose) -> Prepare:
+        """What makes an engine ready for the job's model, or for the one that it compares with."""
         spec, settings = self.spec, self.station.settings
-        texts = self.lease.write(lambda session: session.get_one(Job, self.job.id).prompts)
-        path = models.local_path(spec.model, settings)
+        prompts = NOTHING
+        if purpose != "respond":
+            stored = self.lease.write(lambda session: session.get_one(Job, self.job.id).prompts)
+            prompts = PromptTexts.model_validate(stored)
+        model, revision = spec.model, self.job.commit or spec.revision
+        if side == "original" and spec.original is not None:
+            model, revision = spec.original, self.task.payload.get("original")
+        path = models.local_path(model, settings)
         return Prepare(
-            model=spec.model,
-            revision=self.job.commit or spec.revision,
+            model=model,
+            revision=revision,
             path=str(path) if path is not None else None,
             quantization=spec.quantization,
             dtype=spec.dtype,
             device=spec.device,
-            prompts=PromptTexts.model_validate(texts),
+            device_map=spec.device_map,
+            purpose=purpose,
+            recipes=recipes(spec.methods),
+            ara=needs_ara(spec.methods),
+            affine=needs_affine(spec.methods),
+            allow_partial=spec.allow_partial,
+            scorers=scorers.of_engine(spec.objectives, spec.scorers),
+            prompts=prompts,
             system_prompt=spec.system_prompt,
             max_new_tokens=spec.max_new_tokens,
             kl_tokens=spec.kl_tokens,

@@ -1,5 +1,6 @@
 """The search task: reserve slots, ask Optuna, score, write, tell; until no slot is free.
 
+Each method of the job is searched in a study of its own; they take turns (`methods.turn`).
 Order of the writes, which is what makes a crash at any point harmless:
 1. `begin`: our row has the candidate before the engine sees it;
 2. `complete`: our row has the scores, once, in one transaction with the event;
@@ -15,13 +16,19 @@ from typing import Any
 from sqlalchemy.orm import Session
 
 from jobs import trials
-from jobs.spec.candidate import Candidate, single_pass
-from jobs.spec.protocol import Prepared, Progress, Score, Scored, ScoredBatch
+from jobs.spec import scorers
+from jobs.spec.candidate import Candidate
+from jobs.spec.methods import METHODS, MethodName, turn
+from jobs.spec.protocol import Prepared, Progress, Score, Scored, ScoredBatch, Select, Selected
+from jobs.spec.scores import Scores
 from jobs.tables import Job
 from jobs.trials import Slot
 from worker import spool
 from worker.run import Run
-from worker.study import JobStudy
+from worker.space import first, plain_number
+from worker.study import MethodStudy, Values
+
+Studies = dict[MethodName, MethodStudy]
 
 
 @dataclass(frozen=True)
@@ -29,54 +36,86 @@ class Point:
     """A slot with what goes into it."""
 
     number: int
+    method: MethodName
     candidate: Candidate
     params: dict[str, Any]
     origin: str
-    optuna_number: int | None
+    optuna_number: int | None = None
 
 
 def search(run: Run) -> None:
     """Score candidates until every slot is complete or in the hands of another live worker."""
     prepared = run.prepare()
-    study = _study(run, prepared.anatomy.layers) if run.spec.method == "search" else None
-    size = run.batch_size(prepared)
+    studies = _studies(run, prepared.anatomy.layers)
+    kinds = {is_ara(method) for method in run.spec.methods}
+    size = run.batch_size(prepared) * len(kinds)
     while True:
         run.lease.check()
         _report(run)
         slots = run.write(lambda session: trials.reserve(session, run.task, run.token, size))
         if not slots:
             break
-        points = [_point(run, study, slot, prepared) for slot in slots]
+        points = [_point(run, studies, slot, prepared) for slot in slots]
         run.write(partial(_begin, run, points))
-        _score(run, study, points)
-    if study is not None:
-        _mend(run, study)
+        # apart, so that the time of a trial is that of its method
+        for kind in sorted(kinds):
+            run.lease.check()
+            _score(run, studies, [point for point in points if is_ara(point.method) == kind])
+    _mend(run, studies)
 
 
-def _study(run: Run, layers: int) -> JobStudy:
-    study = run.lease.patiently(
-        lambda: JobStudy(run.station.storage, run.job.id, run.spec, layers, run.job.trials)
-    )
-    _mend(run, study)
-    return study
+def is_ara(method: MethodName) -> bool:
+    """Whether its candidates are optimised one by one, which a batch of projections is not."""
+    return METHODS[method].kind == "ara"
 
 
-def _mend(run: Run, study: JobStudy) -> None:
+def _studies(run: Run, layers: int) -> Studies:
+    """A study for each method that is searched, brought up to our table."""
+    spec, storage, budget = run.spec, run.station.storage, run.job.trials
+
+    def open_all() -> Studies:
+        return {
+            method: MethodStudy(storage, run.job.id, spec, method, layers, budget)
+            for method in spec.methods
+            if METHODS[method].kind != "fixed"
+        }
+
+    studies = run.lease.patiently(open_all)
+    _mend(run, studies)
+    return studies
+
+
+def _mend(run: Run, studies: Studies) -> None:
+    if not studies:
+        return
     rows = run.lease.write(lambda session: trials.list_trials(session, run.job.id, limit=100_000))
-    run.lease.patiently(lambda: study.mend(rows, run.station.settings.lease_seconds))
+    seconds = run.station.settings.lease_seconds
+    for study in studies.values():
+        run.lease.patiently(partial(study.mend, rows, seconds))
 
 
-def _point(run: Run, study: JobStudy | None, slot: Slot, prepared: Prepared) -> Point:
+def _point(run: Run, studies: Studies, slot: Slot, prepared: Prepared) -> Point:
     """What to score in a slot: what a dead worker began there, or something new."""
     if slot.candidate is not None:
         row = run.lease.write(lambda session: trials.get(session, run.job.id, slot.number))
-        return Point(slot.number, slot.candidate, slot.params or {}, row.origin, row.optuna_number)
-    if study is None or slot.number == 0:
-        first = single_pass(prepared.anatomy.layers, run.spec.modes[0], run.spec.projected)
-        return Point(slot.number, first, {}, "single_pass", None)
-    params, optuna_number = run.lease.patiently(lambda: study.ask(slot.number))
-    origin = "plain" if slot.number == 1 else "sampler"
-    return Point(slot.number, study.candidate(params), params, origin, optuna_number)
+        params, known = slot.params or {}, row.optuna_number
+        return Point(slot.number, slot.method, slot.candidate, params, row.origin, known)
+    kind, own = METHODS[slot.method].kind, turn(run.spec.methods, slot.number)[1]
+    if slot.method == "arditi":
+        run.log.line("info", f"trial {slot.number}: choosing a direction ({slot.method})")
+        found = Selected.model_validate(
+            run.ask(Select(), on_progress=lambda answer: _report(run, answer)).value
+        )
+        why = found.choices[0].model_dump() if found.choices else {}
+        return Point(slot.number, slot.method, found.candidate, why, "selected")
+    if kind == "fixed" or (kind == "ablation" and own == 0):
+        whole = first(prepared.anatomy.layers, slot.method)
+        return Point(slot.number, slot.method, whole, {}, "single_pass")
+    study = studies[slot.method]
+    params, optuna_number = run.lease.patiently(lambda: study.ask(own))
+    origin = "plain" if own == plain_number(slot.method) else "sampler"
+    edit = study.candidate(params)
+    return Point(slot.number, slot.method, edit, params, origin, optuna_number)
 
 
 def _begin(run: Run, points: list[Point], session: Session) -> None:
@@ -93,7 +132,7 @@ def _begin(run: Run, points: list[Point], session: Session) -> None:
         )
 
 
-def _score(run: Run, study: JobStudy | None, points: list[Point]) -> None:
+def _score(run: Run, studies: Studies, points: list[Point]) -> None:
     """Score a batch. Each candidate is written as soon as its score arrives."""
     waiting: list[Point] = []
     for point in points:
@@ -101,17 +140,20 @@ def _score(run: Run, study: JobStudy | None, points: list[Point]) -> None:
         if spooled is None:
             waiting.append(point)
         else:
-            _finish(run, study, point, spooled)
+            _finish(run, studies, point, spooled)
     if not waiting:
         return
     open_points = dict(enumerate(waiting))
 
     def finish(index: int, scored: Scored | None) -> None:
         if scored is not None and index in open_points:
-            _finish(run, study, open_points.pop(index), scored)
+            _finish(run, studies, open_points.pop(index), scored)
 
     result = run.ask(
-        Score(candidates=[point.candidate for point in waiting]),
+        Score(
+            candidates=[point.candidate for point in waiting],
+            scorers=scorers.of_trials(run.spec.objectives, run.spec.scorers),
+        ),
         on_partial=lambda answer: finish(answer.index, answer.scored),
         on_progress=lambda answer: _report(run, answer),
     )
@@ -119,7 +161,7 @@ def _score(run: Run, study: JobStudy | None, points: list[Point]) -> None:
         finish(index, scored)
 
 
-def _finish(run: Run, study: JobStudy | None, point: Point, scored: Scored) -> None:
+def _finish(run: Run, studies: Studies, point: Point, scored: Scored) -> None:
     folder = run.station.settings.spool
     kept = spool.Spooled(candidate=point.candidate, scored=scored)
     run.write(
@@ -127,18 +169,30 @@ def _finish(run: Run, study: JobStudy | None, point: Point, scored: Scored) -> N
         on_outage=lambda: spool.keep(folder, run.job.id, point.number, kept),
     )
     spool.drop(folder, run.job.id, point.number)
-    scores = scored.scores
-    run.log.line(
-        "info",
-        f"trial {point.number} ({point.origin}): {scores.refusals}/{scores.total} refusals, "
-        f"KL {_shown(scores.kl_first)} (first token) {_shown(scores.kl_multi)} (several), "
-        f"{scored.seconds:.2f} s",
-    )
+    run.log.line("info", f"trial {point.number} ({point.method}, {point.origin}): {_said(scored)}")
+    study = studies.get(point.method)
     if study is not None and point.params:
-        values = None if scores.kl_first is None else (float(scores.refusals), scores.kl_first)
+        values = _values(run, scored.scores)
         run.lease.patiently(
             lambda: study.tell(point.number, point.params, point.optuna_number, values)
         )
+
+
+def _values(run: Run, scores: Scores) -> Values | None:
+    """What Optuna minimises; None when a score is missing."""
+    found = tuple(scores.value(name) for name in run.spec.objectives)
+    known = tuple(value for value in found if value is not None)
+    return known if len(known) == len(found) else None
+
+
+def _said(scored: Scored) -> str:
+    """A score as a line of the log."""
+    scores = scored.scores
+    further = "".join(f", {name} {value.value:.3g}" for name, value in scores.values.items())
+    return (
+        f"{scores.refusals}/{scores.total} refusals, KL {_shown(scores.kl_first)} (first token) "
+        f"{_shown(scores.kl_multi)} (several){further}, {scored.seconds:.2f} s"
+    )
 
 
 def _shown(value: float | None) -> str:

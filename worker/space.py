@@ -1,23 +1,41 @@
-"""The search space (ENGINE.md): a table of distributions, and parameters to candidate. Pure."""
+"""The search spaces (ENGINE.md): tables of distributions, and parameters to candidate. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
 
-from jobs.spec.candidate import COMPONENTS, Candidate, Kernel
-from jobs.spec.job import JobSpec
+from jobs.spec.candidate import COMPONENTS, Ablation, Ara, Candidate, Kernel, single_pass
+from jobs.spec.methods import METHODS, MethodName
 
 SCOPES = ("global", "per_layer")
+RANK = 64  # of ARA's changes: whole ones score the same and take 7 times the memory at 8B width
 LEAST_MAX_WEIGHT = {"attention": 0.8, "mlp": -0.25}  # below 0: the component is switched off
 
 
-def space(layers: int, spec: JobSpec) -> dict[str, BaseDistribution]:
+def space(layers: int, method: MethodName) -> dict[str, BaseDistribution]:
     """Name → distribution for a model of `layers` layers. Every trial has every parameter.
 
-    `index` counts in trials of scope global only; it is drawn always, because multivariate TPE
+    ValueError for a fixed method: nothing is searched there.
+    """
+    match METHODS[method].kind:
+        case "ablation":
+            return _kernels(layers)
+        case "ara":
+            return _ranges(layers)
+        case "fixed":
+            raise ValueError(f"{method} is not searched")
+
+
+def _kernels(layers: int) -> dict[str, BaseDistribution]:
+    """`index` counts in trials of scope global only; it is drawn always, because multivariate TPE
     models the parameters that all trials share.
     """
     last = float(layers - 1)
@@ -30,17 +48,39 @@ def space(layers: int, spec: JobSpec) -> dict[str, BaseDistribution]:
         table[f"{name}.position"] = FloatDistribution(0.6 * last, last)
         table[f"{name}.min_fraction"] = FloatDistribution(0.0, 1.0)
         table[f"{name}.distance"] = FloatDistribution(1.0, max(1.0, 0.6 * last))
-    if len(spec.modes) > 1:
-        table["mode"] = CategoricalDistribution(spec.modes)
     return table
 
 
-def candidate_from(params: Mapping[str, Any], layers: int, spec: JobSpec) -> Candidate:
-    """The candidate of a point of `space(layers, spec)`."""
+def _ranges(layers: int) -> dict[str, BaseDistribution]:
+    return {
+        "start": IntDistribution(0, layers // 2),
+        "end": IntDistribution((layers + 1) // 2, layers),
+        "preserve": FloatDistribution(0.0, 1.0),
+        "steer": FloatDistribution(1e-4, 1.0, log=True),
+        "overshoot": FloatDistribution(0.0, 1.3),
+        "neighbours": IntDistribution(1, 15),
+    }
+
+
+def candidate_from(params: Mapping[str, Any], layers: int, method: MethodName) -> Candidate:
+    """The candidate of a point of `space(layers, method)`."""
+    fixed = METHODS[method]
+    if fixed.kind == "ara":
+        start = int(params["start"])
+        return Ara(
+            start=start,
+            end=max(start + 1, int(params["end"])),  # one layer at least
+            preserve=float(params["preserve"]),
+            steer=float(params["steer"]),
+            overshoot=float(params["overshoot"]),
+            neighbours=int(params["neighbours"]),
+            rank=RANK,
+        )
     scope = params["scope"]
-    return Candidate(
-        mode=params.get("mode", spec.modes[0]),
-        projected=spec.projected,
+    return Ablation(
+        mode=fixed.mode,
+        recipe=fixed.recipe,
+        affine=fixed.affine,
         scope=scope,
         index=min(max(float(params["index"]), 0.0), layers - 1.0) if scope == "global" else None,
         attention=_kernel("attention", params),
@@ -48,11 +88,28 @@ def candidate_from(params: Mapping[str, Any], layers: int, spec: JobSpec) -> Can
     )
 
 
-def plain(layers: int, spec: JobSpec) -> dict[str, Any]:
-    """The plain per-layer edit as a point of the space: λ = 1 on every layer.
+def first(layers: int, method: MethodName) -> Ablation:
+    """The edit without a search: the whole of a fixed method, and trial 0 of each ablation."""
+    fixed = METHODS[method]
+    return single_pass(layers, fixed.mode, fixed.recipe, fixed.affine)
 
-    With position = distance = 0.6 · last the kernel reaches from layer 0 beyond the last one.
+
+def plain(layers: int, method: MethodName) -> dict[str, Any]:
+    """A point of the space that asks for no luck: the first of the points that are scored.
+
+    Ablation: λ = 1 on every layer, each with its own direction. With position = distance =
+    0.6 · last the kernel reaches from layer 0 beyond the last one. ARA: all layers, the middle of
+    the ranges.
     """
+    if METHODS[method].kind == "ara":
+        return {
+            "start": 0,
+            "end": layers,
+            "preserve": 0.5,
+            "steer": 0.01,
+            "overshoot": 0.65,
+            "neighbours": 8,
+        }
     last = float(layers - 1)
     params: dict[str, Any] = {"scope": "per_layer", "index": 0.6 * last}
     for name in COMPONENTS:
@@ -60,9 +117,12 @@ def plain(layers: int, spec: JobSpec) -> dict[str, Any]:
         params[f"{name}.position"] = 0.6 * last
         params[f"{name}.min_fraction"] = 1.0
         params[f"{name}.distance"] = max(1.0, 0.6 * last)
-    if len(spec.modes) > 1:
-        params["mode"] = spec.modes[0]
     return params
+
+
+def plain_number(method: MethodName) -> int:
+    """Which of the method's own trials is the plain point; an ablation's single pass is its 0."""
+    return 0 if METHODS[method].kind == "ara" else 1
 
 
 def _kernel(component: str, params: Mapping[str, Any]) -> Kernel:

@@ -54,7 +54,7 @@ class Station:
         """An engine, and whether it is prepared for `request` already."""
         engine = self.engine
         if engine is not None:
-            if engine.usable and self.prepared is not None and request in self.prepared[0]:
+            if self.is_ready(request):
                 engine.log = task_log
                 return engine, True
             self.stop_engine()  # another model: its memory must be free before the next loads
@@ -62,6 +62,11 @@ class Station:
         self.engine = EngineProcess(self.own.engine_command, task_log, gpu=self.settings.gpu)
         log.info("engine started, process %d", self.engine.pid)
         return self.engine, False
+
+    def is_ready(self, request: Prepare) -> bool:
+        """Whether the engine that runs is prepared for `request`."""
+        usable = self.engine is not None and self.engine.usable
+        return usable and self.prepared is not None and request in self.prepared[0]
 
     def note_prepared(self, request: Prepare, prepared: Prepared) -> None:
         """Remember what the engine is prepared for; the resolved commit is the same request."""

@@ -1,4 +1,4 @@
-"""The Optuna study of one job: `job-<id>` in the schema `optuna` of the same database.
+"""The Optuna study of one method of a job: `job-<id>-<method>` in the schema `optuna`.
 
 Our `trials` table is the truth and is always written first; Optuna only learns from it. What a
 crash left between the two is mended by `mend` when a worker claims the study. Optuna's own
@@ -25,15 +25,18 @@ from sqlalchemy.pool import NullPool
 from jobs.database import bounded, normal_url
 from jobs.spec.candidate import Candidate
 from jobs.spec.job import JobSpec
+from jobs.spec.methods import MethodName, share
 from jobs.tables import Trial
-from worker.space import candidate_from, plain, space
+from jobs.trial_scores import objectives_of
+from worker.space import candidate_from, plain, plain_number, space
 
 SCHEMA = "optuna"
 SLOT = "slot"  # user attribute of trials that were added complete: our trial number
-LOCK = 0x6E73_6F70  # advisory lock: one process at a time makes the tables
+LOCK = 0x6E73_6F70  # advisory lock: one process at a time makes the tables, or adds to a study
 EI_CANDIDATES = 128
 STARTUP_SHARE = 0.3
-DIRECTIONS = [StudyDirection.MINIMIZE, StudyDirection.MINIMIZE]  # refusals, first-token KL
+
+Values = tuple[float, ...]
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -57,12 +60,25 @@ def open_storage(database_url: str, idle_seconds: float) -> RDBStorage:
     return storage
 
 
-def sampler(spec: JobSpec, budget: int, number: int) -> TPESampler:
-    """The sampler for trial `number`: the same job and number give the same random stream."""
-    startup = spec.startup_trials
-    digest = hashlib.sha256(f"{spec.seed}/{number}".encode()).digest()
+def startup_trials(spec: JobSpec, budget: int, method: MethodName) -> int:
+    """How many of a method's trials are random: its part of the job's, 3 of 10 where none is given.
+
+    `budget`: the job's trials, all methods together.
+    """
+    mine = share(spec.methods, budget, method)
+    if spec.startup_trials is None:
+        return math.ceil(STARTUP_SHARE * mine)
+    return math.ceil(spec.startup_trials * mine / budget)
+
+
+def sampler(seed: int, startup: int, number: int) -> TPESampler:
+    """The sampler for a method's own trial `number`.
+
+    The same seed and number give the same random stream, whatever is compared with the method.
+    """
+    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
     return TPESampler(
-        n_startup_trials=math.ceil(STARTUP_SHARE * budget) if startup is None else startup,
+        n_startup_trials=startup,
         n_ei_candidates=EI_CANDIDATES,
         multivariate=True,
         group=False,
@@ -71,37 +87,49 @@ def sampler(spec: JobSpec, budget: int, number: int) -> TPESampler:
     )
 
 
-class JobStudy:
-    """Asks for points and is told scores, both by our own trial numbers.
+class MethodStudy:
+    """Asks for points and is told scores of one method of a job.
 
-    Minimised: (refusals, first-token KL). Sampling reads a copy of the study in memory, kept up by
+    Minimised: the job's objectives. Sampling reads a copy of the study in memory, kept up by
     one query a trial, and a point is stored in one transaction: asking through the database makes
     about 180 round trips a trial, more than a small model takes to be scored.
     """
 
     def __init__(
-        self, storage: RDBStorage, job_id: object, spec: JobSpec, layers: int, budget: int
+        self,
+        storage: RDBStorage,
+        job_id: object,
+        spec: JobSpec,
+        method: MethodName,
+        layers: int,
+        budget: int,
     ) -> None:
-        self.spec, self.layers, self.budget = spec, layers, budget
-        self.space: dict[str, BaseDistribution] = space(layers, spec)
+        self.spec, self.method, self.layers = spec, method, layers
+        self.space: dict[str, BaseDistribution] = space(layers, method)
+        self._startup = startup_trials(spec, budget, method)
+        directions = [StudyDirection.MINIMIZE] * len(spec.objectives)
+        self._engine = storage.engine
         self._storage = optuna.storages.get_storage(storage)
         self._study = optuna.create_study(
             storage=self._storage,
-            study_name=f"job-{job_id}",
-            directions=DIRECTIONS,
+            study_name=f"job-{job_id}-{method}",
+            directions=directions,
             load_if_exists=True,
         )
         self._id = self._storage.get_study_id_from_name(self._study.study_name)
-        self._copy = optuna.create_study(directions=DIRECTIONS)
+        self._copy = optuna.create_study(directions=directions)
         self._copied: dict[int, int | None] = {}  # number in the study → number in the copy
         self._running: set[int] = set()  # of the study, as far as the copy knows
 
     def ask(self, number: int) -> tuple[dict[str, Any], int | None]:
-        """A new point for trial `number`, and Optuna's number for it (None for the plain edit)."""
-        if number == 1:
-            return plain(self.layers, self.spec), None
+        """A new point for the method's own trial `number`, and Optuna's number for it.
+
+        (None for the plain point, which Optuna learns of with its score.)
+        """
+        if number == plain_number(self.method):
+            return plain(self.layers, self.method), None
         self._refresh()
-        self._copy.sampler = sampler(self.spec, self.budget, number)
+        self._copy.sampler = sampler(self.spec.seed, self._startup, number)
         point = self._copy.ask(fixed_distributions=self.space)
         params = dict(point.params)
         stored = create_trial(state=TrialState.RUNNING, params=params, distributions=self.space)
@@ -120,9 +148,9 @@ class JobStudy:
         number: int,
         params: dict[str, Any],
         optuna_number: int | None,
-        values: tuple[float, float] | None,
+        values: Values | None,
     ) -> None:
-        """The score of trial `number`, once. Values that are not finite count as a failure.
+        """The score of the job's trial `number`, once. None, or what is not finite, is a failure.
 
         A point that Optuna did not hand out itself, or has closed, is added as a finished trial.
         """
@@ -130,17 +158,25 @@ class JobStudy:
         known = None
         if optuna_number is not None:
             known = self._close(optuna_number, values if good else None)
-        if known is None and good and params and number not in self._added():
-            self._study.add_trial(
-                create_trial(
-                    values=values,
-                    params=params,
-                    distributions=self.space,
-                    user_attrs={SLOT: number},
-                )
-            )
+        if known is None and good and params:
+            self._add(number, params, values)
 
-    def _close(self, optuna_number: int, values: tuple[float, float] | None) -> TrialState | None:
+    def _add(self, number: int, params: dict[str, Any], values: Values | None) -> None:
+        """Add a finished trial, once: two workers may find at the same time that it is missing."""
+        with self._engine.begin() as connection:
+            lock = text("SELECT pg_advisory_xact_lock(:key, :study)")
+            connection.execute(lock, {"key": LOCK, "study": self._id})
+            if number not in self._added():
+                self._study.add_trial(
+                    create_trial(
+                        values=values,
+                        params=params,
+                        distributions=self.space,
+                        user_attrs={SLOT: number},
+                    )
+                )
+
+    def _close(self, optuna_number: int, values: Values | None) -> TrialState | None:
         """Finish a trial of the study; None when it is not there or was closed without a score."""
         state = TrialState.COMPLETE if values is not None else TrialState.FAIL
         try:
@@ -173,23 +209,25 @@ class JobStudy:
 
     def candidate(self, params: dict[str, Any]) -> Candidate:
         """The candidate of a point."""
-        return candidate_from(params, self.layers, self.spec)
+        return candidate_from(params, self.layers, self.method)
 
     def mend(self, rows: list[Trial], lease_seconds: float) -> None:
-        """Bring Optuna up to our table after crashes, other workers' included.
+        """Bring Optuna up to our table after crashes, other workers' included. `rows`: the job's.
 
         - complete rows that Optuna does not know as complete are told;
         - running Optuna trials that no row names are told FAIL once they are too old to be
           between another worker's ask and its first write.
         Rows that are still running are left: their slot is scored again, and then told.
         """
+        rows = [row for row in rows if row.method == self.method]
         known = {trial.number: trial for trial in self._study.get_trials(deepcopy=False)}
         added = self._added()
         for row in rows:
             state = known[row.optuna_number].state if row.optuna_number in known else None
             told = state == TrialState.COMPLETE or row.number in added
             if row.state == "complete" and row.params and not told:
-                self.tell(row.number, row.params, row.optuna_number, values_of(row))
+                values = objectives_of(row, self.spec.objectives)
+                self.tell(row.number, row.params, row.optuna_number, values)
         named = {row.optuna_number for row in rows}
         before = dt.datetime.now() - dt.timedelta(seconds=2 * lease_seconds)
         for number, trial in known.items():
@@ -200,10 +238,3 @@ class JobStudy:
     def _added(self) -> set[int]:
         trials = self._study.get_trials(deepcopy=False)
         return {trial.user_attrs[SLOT] for trial in trials if SLOT in trial.user_attrs}
-
-
-def values_of(row: Trial) -> tuple[float, float] | None:
-    """What Optuna minimises, of a complete trial; None when a score is missing."""
-    if row.refusals is None or row.kl_first is None:
-        return None
-    return float(row.refusals), row.kl_first

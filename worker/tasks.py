@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from jobs.states import TaskKind
+from worker.benchmark import benchmark
 from worker.chat import chat
 from worker.evaluate import evaluate
 from worker.export import export
@@ -16,4 +17,5 @@ TASKS: dict[TaskKind, Callable[[Run], None]] = {
     "evaluate": evaluate,
     "export": export,
     "chat": chat,
+    "benchmark": benchmark,
 }

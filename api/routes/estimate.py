@@ -6,7 +6,7 @@ from fastapi import APIRouter
 
 from api.auth import Reader
 from api.problems import errors
-from jobs import estimate
+from jobs import estimate, queue
 from jobs.estimate import Estimate
 from jobs.spec.job import JobSpec
 
@@ -18,4 +18,6 @@ router = APIRouter(tags=["jobs"])
 )
 def estimate_job(who: Reader, spec: JobSpec) -> Estimate:
     """Memory, disk, time and coverage of a job, from the model's headers; no weights are read."""
-    return estimate.estimate(spec, who.settings)
+    with who.begin() as session:
+        devices = [worker.device for worker in queue.live_workers(session, who.settings)]
+    return estimate.estimate(spec, who.settings, devices=devices)

@@ -16,7 +16,7 @@ from api.problems import errors
 from jobs import control, listing, queue, submit
 from jobs.listing import JobView
 from jobs.problems import Conflict, Invalid
-from jobs.spec.job import JobSpec
+from jobs.spec.job import JobSpec, Kind
 from jobs.states import JobState
 from jobs.tables import Job, User
 
@@ -78,7 +78,11 @@ def submit_job(
         ),
     ] = None,
 ) -> JobView:
-    """Submit a job. Sent twice with the same Idempotency-Key, it is made once."""
+    """Submit a job. Sent twice with the same Idempotency-Key, it is made once.
+
+    `kind`: `abliterate` searches for edits; `evaluate` scores a model as it is, or against
+    `original`; `benchmark` runs `tasks` on it. Fields that a kind has no use for are refused.
+    """
     with who.begin() as session:
         job, created = submit.submit(
             session, who.user, spec, who.settings, idempotency_key=idempotency_key
@@ -101,6 +105,7 @@ def submit_job(
 def list_jobs(
     who: Reader,
     state: Annotated[JobState | None, Query(description="only jobs in this state")] = None,
+    kind: Annotated[Kind | None, Query(description="only jobs of this kind")] = None,
     mine: Annotated[bool, Query(description="only one's own")] = False,
     q: Annotated[str | None, Query(max_length=200, description="part of name or model")] = None,
     cursor: Annotated[str | None, Query(max_length=500, description="`next` of a page")] = None,
@@ -109,7 +114,7 @@ def list_jobs(
     """Jobs that the caller may see, newest first."""
     with who.begin() as session:
         found, following = listing.list_jobs(
-            session, who.user, state=state, mine=mine, q=q, limit=limit, cursor=cursor
+            session, who.user, state=state, kind=kind, mine=mine, q=q, limit=limit, cursor=cursor
         )
         return JobPage(
             items=[listing.summary(session, job, who.settings) for job in found], next=following

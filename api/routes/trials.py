@@ -4,35 +4,30 @@ from __future__ import annotations
 
 import datetime as dt
 import uuid
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, Field
+from sqlalchemy.orm import Session
 
 from api.auth import Reader, Writer
 from api.bodies import Body
 from api.problems import errors
 from api.routes.jobs import MISSING, NOT_YOURS
-from jobs import control, trials
+from jobs import analysis, comparison, control, trials
+from jobs.analysis import LayerWeight
+from jobs.comparison import MethodReport
+from jobs.listing import RoleScores
+from jobs.spec.methods import MethodName
 from jobs.spec.protocol import PromptTexts
-from jobs.spec.scores import Role, Scores, wilson
+from jobs.spec.scores import Role
 from jobs.states import TrialState
 from jobs.tables import Job, Trial
+from jobs.trial_scores import search_scores
 
 router = APIRouter(tags=["trials"])
 Number = Annotated[int, Path(ge=0, lt=2**31, description="the trial's number, from 0")]
 NO_TRIAL = "No such job, or another member's private one, or no such trial."
-
-
-class RoleScores(BaseModel):
-    """Scores on the prompts of one role. KLs are in nats; null for over-refusal prompts."""
-
-    refusals: int
-    total: int
-    interval: tuple[float, float] = Field(description="Wilson 95 % interval of the refusal rate")
-    kl_first: float | None
-    kl_multi: float | None
-    mean_tokens: float
 
 
 class TrialView(BaseModel):
@@ -40,7 +35,8 @@ class TrialView(BaseModel):
 
     number: int
     state: TrialState
-    origin: str = Field(description="single_pass, plain or sampler")
+    method: MethodName
+    origin: str = Field(description="single_pass, selected, plain or sampler")
     picked: bool
     on_front: bool
     params: dict[str, Any] = Field(description="what the sampler chose")
@@ -60,6 +56,12 @@ class TrialPage(BaseModel):
     next: int | None = Field(None, description="`after` of the next page; null on the last")
 
 
+class MethodPage(BaseModel):
+    """The methods of a job, in the order of its specification."""
+
+    items: list[MethodReport]
+
+
 class Answer(BaseModel):
     """What edited and original model said to one prompt. Texts end where the decision was made."""
 
@@ -75,6 +77,9 @@ class TrialDetail(TrialView):
     """A trial with its answers per role, next to the original model's."""
 
     responses: dict[Role, list[Answer]]
+    weights: list[LayerWeight] = Field(
+        description="edit strength λ of each layer; empty where the edit has none, or none yet"
+    )
 
 
 class Pick(Body):
@@ -85,38 +90,22 @@ class Pick(Body):
 
 def view(row: Trial, front: frozenset[int]) -> TrialView:
     """A row of the table `trials` as the API shows it."""
-    search = None
-    if row.refusals is not None and row.total is not None:
-        search = RoleScores(
-            refusals=row.refusals,
-            total=row.total,
-            interval=wilson(row.refusals, row.total),
-            kl_first=row.kl_first,
-            kl_multi=row.kl_multi,
-            mean_tokens=row.mean_tokens or 0.0,
-        )
     return TrialView(
         number=row.number,
         state=row.state,
+        method=cast(MethodName, row.method),
         origin=row.origin,
         picked=row.picked,
         on_front=row.number in front,
         params=row.params,
         candidate=row.candidate,
-        search=search,
-        heldout=_scores(row.heldout),
-        over_refusal=_scores(row.over_refusal),
+        search=RoleScores.of(search_scores(row)),
+        heldout=RoleScores.of(row.heldout),
+        over_refusal=RoleScores.of(row.over_refusal),
         seconds=row.seconds,
         created_at=row.created_at,
         finished_at=row.finished_at,
     )
-
-
-def _scores(stored: dict[str, Any] | None) -> RoleScores | None:
-    if stored is None:
-        return None
-    scores = Scores.model_validate(stored)
-    return RoleScores(interval=scores.interval, **scores.model_dump(exclude={"role"}))
 
 
 @router.get("/jobs/{job_id}/trials", responses=errors({404: MISSING}))
@@ -138,12 +127,20 @@ def list_trials(
 
 @router.get("/jobs/{job_id}/front", responses=errors({404: MISSING}))
 def show_front(who: Reader, job_id: uuid.UUID) -> TrialPage:
-    """The Pareto-optimal trials: nothing has both fewer refusals and less first-token KL."""
+    """The Pareto-optimal trials: no other is as good in every objective and better in one."""
     with who.begin() as session:
         control.visible(session, who.user, job_id)
         rows = trials.front(session, job_id)
     front = frozenset(row.number for row in rows)
     return TrialPage(items=[view(row, front) for row in rows], next=None)
+
+
+@router.get("/jobs/{job_id}/methods", responses=errors({404: MISSING}))
+def show_methods(who: Reader, job_id: uuid.UUID) -> MethodPage:
+    """The job's methods side by side: front, hypervolume, best pick and time of each."""
+    with who.begin() as session:
+        job = control.visible(session, who.user, job_id)
+        return MethodPage(items=comparison.compare(session, job))
 
 
 @router.get("/jobs/{job_id}/trials/{number}", responses=errors({404: NO_TRIAL}))
@@ -152,10 +149,17 @@ def show_trial(who: Reader, job_id: uuid.UUID, number: Number) -> TrialDetail:
     with who.begin() as session:
         job = control.visible(session, who.user, job_id)
         row = trials.get(session, job_id, number)
-        said = trials.responses(session, job_id, number)
-        original = trials.responses(session, job_id, trials.ORIGINAL)
         front = frozenset(each.number for each in trials.front(session, job_id))
-        prompts = {role: prompts_of(job, role) for role in said}
+        weights = analysis.weights(job, row)
+        responses = answers_of(session, job, number)
+    return TrialDetail(**view(row, front).model_dump(), responses=responses, weights=weights)
+
+
+def answers_of(session: Session, job: Job, number: int) -> dict[Role, list[Answer]]:
+    """What a trial's model (or `trials.MODEL`) said by role, next to the original."""
+    said = trials.responses(session, job.id, number)
+    original = trials.responses(session, job.id, trials.ORIGINAL)
+    prompts = {role: prompts_of(job, role) for role in said}
     responses: dict[Role, list[Answer]] = {}
     for role, outcomes in said.items():
         before = original.get(role, [])
@@ -170,7 +174,7 @@ def show_trial(who: Reader, job_id: uuid.UUID, number: Number) -> TrialDetail:
             )
             for place, outcome in enumerate(outcomes)
         ]
-    return TrialDetail(**view(row, front).model_dump(), responses=responses)
+    return responses
 
 
 def prompts_of(job: Job, role: Role) -> list[str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.anatomy import Anatomy
+from engine.change import Change
 from engine.checkpoint import open_checkpoint
-from engine.directions import Directions
 from engine.errors import EngineError
 from engine.export.adapter import Adapter, write_adapter
 from engine.export.card import CardFacts, render
@@ -16,38 +16,49 @@ from engine.export.folder import Folder
 from engine.export.merged import write_merged
 from engine.export.original import edited_writers
 from engine.load import Loaded
+from engine.loading.architecture import auto_class
 from engine.report import Report
-from jobs.spec.protocol import Export, Exported
+from jobs.spec.manifest import NAME as MANIFEST
+from jobs.spec.protocol import Export, Exported, ExportedFile
 from jobs.spec.scores import Role, Scores
 
 CARD = "README.md"
 Measure = Callable[[Path], dict[Role, Scores]]
+Describe = Callable[[list[ExportedFile], dict[Role, Scores]], bytes]
 
 
 def write(
     loaded: Loaded,
     anatomy: Anatomy,
-    directions: Directions,
+    changes: Sequence[Change | None],
     request: Export,
     report: Report,
     measure: Measure | None = None,
+    describe: Describe | None = None,
 ) -> Exported:
     """Write the artifact into `request.directory`.
 
-    `measure` is called with that folder when all but the card is written; what it returns stands
-    on the card and in the answer.
+    `changes` has an entry per writer of the anatomy. `measure` is called with that folder when
+    all but the card is written; what it returns stands on the card and in the answer. `describe`
+    makes the manifest from the files so far and the scores.
 
     Raises disk_full (nothing stays in the folder), unsupported_architecture for a checkpoint
     whose tensors are not the writers', bad_request for an adapter of an edit that edits nothing.
     """
     began = time.monotonic()
     checkpoint = open_checkpoint(loaded.source, loaded.name)
-    edited = edited_writers(checkpoint, anatomy, directions, request.candidate)
-    mode = request.candidate.mode
+    if loaded.packed and request.kind == "merged":
+        raise EngineError(
+            "unsupported_architecture",
+            f"{loaded.name} is quantised already ({loaded.packed}): its weights cannot be edited "
+            "in place",
+            "Export kind adapter, or search with the model's unquantised release.",
+        )
+    edited = edited_writers(checkpoint, loaded.model, anatomy, changes, bool(loaded.packed))
     adapter: Adapter | None = None
     with Folder(Path(request.directory)) as folder:
         if request.kind == "merged":
-            write_merged(folder, checkpoint, edited, mode, report)
+            write_merged(folder, checkpoint, edited, report)
         elif not edited:
             raise EngineError(
                 "bad_request",
@@ -57,12 +68,16 @@ def write(
         else:
             plain = request.kind == "lora"
             adapter = write_adapter(
-                folder, checkpoint, edited, mode, plain, request.rank,
-                loaded.name, loaded.commit, report,
+                folder, checkpoint, edited, plain, request.rank,
+                loaded.name, loaded.commit, any(w.experts for w in anatomy.writers), report,
             )  # fmt: skip
         measured = measure(folder.path) if measure else {}
+        if describe is not None:
+            folder.write(MANIFEST, [describe(list(folder.files.values()), measured)])
         card = {**request.card, **({"measured": measured} if measured else {})}
-        folder.write(CARD, [render(card, _facts(loaded, request, adapter)).encode()])
+        folder.write(
+            CARD, [render(card, _facts(loaded, anatomy, changes, request, adapter)).encode()]
+        )
         files = folder.seal()
     return Exported(
         files=files,
@@ -72,7 +87,13 @@ def write(
     )
 
 
-def _facts(loaded: Loaded, request: Export, adapter: Adapter | None) -> CardFacts:
+def _facts(
+    loaded: Loaded,
+    anatomy: Anatomy,
+    changes: Sequence[Change | None],
+    request: Export,
+    adapter: Adapter | None,
+) -> CardFacts:
     return CardFacts(
         base=loaded.name,
         commit=loaded.commit,
@@ -82,4 +103,18 @@ def _facts(loaded: Loaded, request: Export, adapter: Adapter | None) -> CardFact
         dtype=str(loaded.dtype).removeprefix("torch."),
         versions=loaded.versions,
         adapter=adapter,
+        edited=_edited(anatomy, changes),
+        factory=auto_class(loaded.model.config, loaded.name).__name__,
+    )
+
+
+def _edited(anatomy: Anatomy, changes: Sequence[Change | None]) -> str:
+    """Such as "30 of 32 matrices, 24 of 24 stacks of 8 experts"."""
+    found: dict[int, list[bool]] = {}
+    for writer, change in zip(anatomy.writers, changes, strict=True):
+        found.setdefault(writer.experts, []).append(change is not None)
+    return ", ".join(
+        f"{sum(which)} of {len(which)} "
+        + (f"stacks of {experts} experts" if experts else "matrices")
+        for experts, which in sorted(found.items())
     )

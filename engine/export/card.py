@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.export.adapter import Adapter
-from jobs.spec.candidate import COMPONENTS, Candidate
+from jobs.spec.candidate import COMPONENTS, Ablation, Ara
 from jobs.spec.scores import Scores
 
 ROLES = (
@@ -31,21 +31,29 @@ FACTS = {
     "coverage": "share of the writing parameters that edits reach",
     "job": "job",
 }
+PIPELINES = {"AutoModelForImageTextToText": "image-text-to-text"}
 COLUMNS = (("baseline", "original"), ("scores", "edited, searched"), ("measured", "artifact"))
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card says besides `Export.card`. `commit` is None for a model that is no hub's."""
+    """What the card says besides `Export.card`.
+
+    commit   None for a model that is no hub's
+    edited   how many of the writers, in words
+    factory  the class of transformers that loads the model
+    """
 
     base: str
     commit: str | None
     kind: str
-    candidate: Candidate
+    candidate: Ablation | Ara
     quantization: str
     dtype: str
     versions: dict[str, str]
     adapter: Adapter | None = None
+    edited: str = ""
+    factory: str = "AutoModelForCausalLM"
 
 
 def render(card: dict[str, Any], facts: CardFacts) -> str:
@@ -81,7 +89,7 @@ def _front_matter(base: str, facts: CardFacts) -> str:
         f"base_model: {json.dumps(base)}",
         f"base_model_relation: {'adapter' if adapter else 'finetune'}",
         f"library_name: {'peft' if adapter else 'transformers'}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {PIPELINES.get(facts.factory, 'text-generation')}",
         "tags:",
         *(f"- {tag}" for tag in ("abliterated", "uncensored", "nullspace")),
         *((f"- {'dora' if adapter.dora else 'lora'}",) if adapter else ()),
@@ -98,10 +106,10 @@ def _what(facts: CardFacts) -> str:
             "original safetensors and rounded once; all other tensors are byte-identical to them. "
             "`sha256sum -c SHA256SUMS` checks the files."
         )
-    if adapter.dora:
-        kind = "a DoRA adapter of rank 1, which is the edit exactly"
-    elif adapter.worst_error == 0:
-        kind = "a LoRA adapter of rank 1, which is the edit exactly"
+    if adapter.worst_error == 0:
+        name = "DoRA" if adapter.dora else "LoRA"
+        most = "up to " if isinstance(facts.candidate, Ara) else ""
+        kind = f"a {name} adapter of rank {most}{adapter.rank}, which is the edit exactly"
     else:
         kind = (
             f"a LoRA adapter of rank {adapter.rank}, which leaves out "
@@ -160,14 +168,22 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def _parameters(card: dict[str, Any], facts: CardFacts) -> str:
-    candidate = facts.candidate
-    direction = "one direction per layer"
+def _ablation(candidate: Ablation) -> list[tuple[str, str]]:
+    recipe = candidate.recipe
+    direction = "per layer"
     if candidate.scope == "global":
-        direction = f"one direction for all layers, at layer {candidate.index:.4g}"
-    if candidate.projected:
-        direction += ", projected off the harmless mean"
-    rows = [("mode", candidate.mode), ("direction", direction)]
+        direction = f"for all layers, at layer {candidate.index:.4g}"
+    count = "one direction" if recipe.count == 1 else f"up to {recipe.count} directions"
+    if recipe.projection != "none":
+        direction += f", {recipe.projection} off the harmless mean"
+    source = f"{recipe.center} of each side" if recipe.subspace == "single" else recipe.subspace
+    if recipe.position != -1:
+        source += f", prompt token {recipe.position}"
+    if recipe.winsorize is not None:
+        source += f", states clamped at quantile {recipe.winsorize:g}"
+    rows = [("mode", candidate.mode), ("direction", f"{count} {direction}"), ("taken from", source)]
+    if candidate.affine:
+        rows.append(("affine", "the component becomes its harmless mean instead of 0"))
     for component in COMPONENTS:
         k = candidate.kernel(component)
         text = f"{k.max_weight:.4g} everywhere"
@@ -177,6 +193,27 @@ def _parameters(card: dict[str, Any], facts: CardFacts) -> str:
                 f"distance {k.distance:.4g}, 0 beyond"
             )
         rows.append((f"strength, {component} output", text))
+    return rows
+
+
+def _ara(candidate: Ara) -> list[tuple[str, str]]:
+    rank = "whole" if candidate.rank is None else f"at most {candidate.rank}"
+    return [
+        ("method", "arbitrary-rank ablation"),
+        ("layers", f"{candidate.start} to {candidate.end - 1}"),
+        ("weight of harmless outputs kept", f"{candidate.preserve:.4g}"),
+        ("weight of harmful outputs moved", f"{candidate.steer:.4g}"),
+        ("overshoot", f"{candidate.overshoot:.4g}"),
+        ("nearest neighbours", str(candidate.neighbours)),
+        ("rank of each change", rank),
+    ]
+
+
+def _parameters(card: dict[str, Any], facts: CardFacts) -> str:
+    candidate = facts.candidate
+    rows = _ablation(candidate) if isinstance(candidate, Ablation) else _ara(candidate)
+    if facts.edited:
+        rows.append(("edited", facts.edited))
     rows.append(("searched with", f"{facts.quantization} quantisation, {facts.dtype}"))
     if facts.commit:
         rows.append(("commit of the base model", facts.commit))
@@ -196,15 +233,15 @@ def _use(base: str, facts: CardFacts) -> str:
         'print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], '
         "skip_special_tokens=True))"
     )
-    load = 'model = AutoModelForCausalLM.from_pretrained("PATH", dtype="auto")'
-    tokens, head = '"PATH"', "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    load = f'model = {facts.factory}.from_pretrained("PATH", dtype="auto")'
+    tokens, head = '"PATH"', f"from transformers import {facts.factory}, AutoTokenizer"
     if facts.adapter is not None:
         # the adapter belongs to these very weights, not to what the hub has tomorrow
         pinned = f"{json.dumps(base)}, revision={json.dumps(facts.commit)}"
         tokens = pinned if facts.commit else '"BASE"'
         head = f"from peft import PeftModel\n{head}"
         load = (
-            f'base = AutoModelForCausalLM.from_pretrained({tokens}, dtype="auto")\n'
+            f'base = {facts.factory}.from_pretrained({tokens}, dtype="auto")\n'
             'model = PeftModel.from_pretrained(base, "PATH")'
         )
     code = f"{head}\n\n{load}\ntokenizer = AutoTokenizer.from_pretrained({tokens})\n{prompt}\n{run}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from engine.errors import EngineError
+from engine.export.stream import Chunk, write_hashed
 from jobs.spec.protocol import ExportedFile
 
 CHUNK = 8 << 20
@@ -60,24 +60,17 @@ class Folder:
                 "Free space in the artifacts folder, then export again.",
             )
 
-    def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> ExportedFile:
+    def write(self, name: str, chunks: Iterable[Chunk]) -> ExportedFile:
         """Write one file: temporary name, hash on the way, sync, rename."""
         temporary, final = self.path / f".{name}.part", self.path / name
         fresh = not final.exists()
         self._own.append(temporary)
-        digest, size = hashlib.sha256(), 0
-        with temporary.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                digest.update(chunk)
-                size += len(chunk)
-            file.flush()
-            os.fsync(file.fileno())
+        size, sha256 = write_hashed(temporary, chunks)
         os.replace(temporary, final)
         if fresh:
             self._own.append(final)
         self._sync()
-        self.files[name] = ExportedFile(name=name, size=size, sha256=digest.hexdigest())
+        self.files[name] = ExportedFile(name=name, size=size, sha256=sha256)
         return self.files[name]
 
     def copy(self, source: Path) -> ExportedFile:
@@ -99,9 +92,9 @@ class Folder:
             os.close(descriptor)
 
 
-def read_chunks(path: Path, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
+def read_chunks(path: Path, begin: int = 0, end: int | None = None) -> Iterator[memoryview]:
     """The bytes [begin, end) of a file in pieces."""
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         file.seek(begin)
         left = (path.stat().st_size if end is None else end) - begin
         while left > 0:
@@ -109,4 +102,4 @@ def read_chunks(path: Path, begin: int = 0, end: int | None = None) -> Iterator[
             if not piece:
                 raise EngineError("model_not_found", f"{path.name} is cut short", "Fetch it anew.")
             left -= len(piece)
-            yield piece
+            yield memoryview(piece)

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.decode import ORIGINAL, Answer, Decoder, Row
 from engine.report import Report
+from engine.scorers.further import Further, measured
 from engine.scorers.kl import Divergence, Reference, divergences
 from engine.scorers.refusals import Refusals
 from jobs.spec.protocol import Scored
+from jobs.spec.scorers import ScorerName
 from jobs.spec.scores import Outcome, Role, Scores
 
 if TYPE_CHECKING:
@@ -26,12 +28,15 @@ if TYPE_CHECKING:
 class RoleSet:
     """The prompts of one role as token ids, and the original on the harmless ones.
 
-    `reference` is None where the role has no harmless prompts (over_refusal).
+    `reference` is None where the role has no harmless prompts (over_refusal). `lengths` are the
+    tokens of the original's answers to `harmless`, where they are wanted.
     """
 
     role: Role
     harmful: list[list[int]]
     reference: Reference | None
+    harmless: list[list[int]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
 
 
 def score(
@@ -43,16 +48,23 @@ def score(
     report: Report,
     early: bool = True,
     on_scored: Callable[[int, Scored], None] | None = None,
+    names: Sequence[ScorerName] = (),
+    further: Further | None = None,
 ) -> list[Scored]:
     """The scores of each of `edits`; of the model as it is (one) where there are none.
 
     early       stop an answer as soon as it is certainly a refusal; its text is cut there
     on_scored   called with the place of an edit and its scores as soon as they are known
+    names       scores besides these, of which `further` knows what they need
     """
     decided = refusals.decided if early else None
     scored: list[Scored] = []
     numbers = list(range(len(edits))) or [ORIGINAL]
     together = max(1, decoder.batch_size // max(1, len(prompts.harmful)))
+    if decoder.patch is not None and not decoder.patch.batches:
+        together = 1  # weights that are rewritten in place hold one edit at a time
+    if getattr(decoder.model, "is_loaded_in_8bit", False):
+        together = 1  # LLM.int8 picks its outliers over the whole batch: scores would depend on it
     for start in range(0, len(numbers), together):  # edits that share their batches
         group = numbers[start : start + together]
         begun = time.monotonic()
@@ -66,7 +78,13 @@ def score(
         each = len(prompts.harmful)
         for place, divergence in enumerate(moved):
             mine = answers[place * each : (place + 1) * each]
-            scored.append(count(prompts.role, mine, divergence, refusals, seconds))
+            one = count(prompts.role, mine, divergence, refusals, seconds)
+            if names and further is not None:
+                edit = edits[group[place]] if edits else None
+                one.scores.values = measured(
+                    names, decoder, prompts, further, edit, max_new_tokens, report
+                )
+            scored.append(one)
             if on_scored is not None:
                 on_scored(len(scored) - 1, scored[-1])
     return scored

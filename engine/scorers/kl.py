@@ -30,13 +30,11 @@ from engine.decode import ORIGINAL, Answer, Decoder
 from engine.errors import EngineError
 from engine.memory import FLOAT32, Shape, forward_row, free_bytes
 from engine.report import Report
+from jobs.spec.memory import KL_CHUNK, KL_ROWS, KL_SHARE
 
 if TYPE_CHECKING:
     from engine.edit import Edit
 
-CHUNK = 1 << 24  # logits that are held in float32 at once: three tensors of 64 MB
-SHARE = 0.5  # of the free memory, for one forward and its logits
-MAX_ROWS = 256  # of one forward: it is bound by arithmetic long before
 WORST = 1e6  # nats; stands for a divergence that is not finite
 
 
@@ -89,7 +87,7 @@ def reread(
             ids, mask = decoder.padded([inputs[place] for place in batch])
             seen: list[Tensor] = []
             with _entering_head(decoder.model, partial(_keep, seen)):
-                decoder.forward(ids, mask, keep, use_cache=False)
+                decoder.forward(ids, mask, keep)
             for place, row in zip(batch, seen[0], strict=True):
                 states[place] = row[-counts[place] :].to("cpu", copy=True)
         pending = [place for place in pending if place not in states]
@@ -116,7 +114,7 @@ def divergences(
         pending = [pair for pair in pending if pair not in found]
         report.progress(phase, len(found), total)
     decoder.select([], [])  # no edit stays behind
-    return [_mean([found[place, number] for place in prompts]) for number in numbers]
+    return [mean_divergence([found[place, number] for place in prompts]) for number in numbers]
 
 
 def _of_batch(
@@ -137,7 +135,7 @@ def _of_batch(
         return torch.cat([states[:, -keep:], below])
 
     with _entering_head(decoder.model, append):
-        logits = decoder.forward(ids, mask, keep, use_cache=False).logits  # (rows + prompts, T, V)
+        logits = decoder.forward(ids, mask, keep).logits  # (rows + prompts, T, V)
     below = {place: len(batch) + number for number, place in enumerate(distinct)}
     return [
         divergence(logits[below[place], -count:], logits[row, -count:])
@@ -152,7 +150,7 @@ def divergence(original: Tensor, edited: Tensor) -> Tensor:
     In float32, a chunk of rows at a time, since float32 copies of all logits are the memory peak.
     Against float64 the difference is below 1e-6 for vocabularies up to 262144 (tested).
     """
-    rows = max(1, CHUNK // original.shape[-1])
+    rows = max(1, KL_CHUNK // original.shape[-1])
     sums = []
     for start in range(0, len(original), rows):
         log_p = original[start : start + rows].float().log_softmax(-1)
@@ -165,7 +163,8 @@ def divergence(original: Tensor, edited: Tensor) -> Tensor:
     return torch.cat(sums)
 
 
-def _mean(per_prompt: list[Tensor]) -> Divergence:
+def mean_divergence(per_prompt: list[Tensor]) -> Divergence:
+    """The mean at the first position, and over all positions of all prompts."""
     first = torch.stack([values[0] for values in per_prompt]).mean().item()
     multi = torch.cat(per_prompt).mean().item()
     return Divergence(_bounded(first), _bounded(multi))
@@ -180,9 +179,9 @@ def _rows(decoder: Decoder, inputs: Sequence[list[int]], counts: Sequence[int]) 
     """Rows of one forward: the original's logits come on top of the edited ones."""
     shape = Shape.of(decoder.model.config, _width(decoder.model))
     row = forward_row(shape, max(map(len, inputs)), 2 * max(counts))
-    floats = 3 * FLOAT32 * max(CHUNK, shape.vocabulary)
+    floats = 3 * FLOAT32 * max(KL_CHUNK, shape.vocabulary)
     free = free_bytes(decoder.device) - floats
-    return max(1, min(decoder.batch_size, MAX_ROWS, int(free * SHARE) // row))
+    return max(1, min(decoder.batch_size, KL_ROWS, int(free * KL_SHARE) // row))
 
 
 def _width(model: Any) -> int:
@@ -196,11 +195,21 @@ def _keep(seen: list[Tensor], states: Tensor) -> Tensor:
     return states[:, -1:]
 
 
+def _head(model: Any) -> nn.Module | None:
+    """The output head; a model around another one may not know of it."""
+    for part in model.modules():
+        if hasattr(part, "get_output_embeddings"):
+            head = part.get_output_embeddings()
+            if isinstance(head, nn.Module):
+                return head
+    return None
+
+
 @contextmanager
 def _entering_head(model: Any, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Within the block, what enters the output head, (rows, t, d), is `change` of it."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Module):
+    head = _head(model)
+    if head is None:
         raise EngineError(
             "unsupported_architecture",
             f"{type(model).__name__} has no output head (get_output_embeddings)",

@@ -7,13 +7,15 @@ The engine answers any number of `Progress` and `Log` messages and then exactly 
 
 from __future__ import annotations
 
+from math import prod
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, TypeAdapter
 
-from jobs.spec.candidate import Candidate, Component
-from jobs.spec.job import Device, Dtype, Quantization
-from jobs.spec.scores import Outcome, Role, Scores
+from jobs.spec.candidate import Candidate, Component, Recipe
+from jobs.spec.job import Device, DeviceMap, Dtype, Quantization
+from jobs.spec.scorers import ScorerName
+from jobs.spec.scores import Outcome, Role, Scores, Value
 
 Reason = Literal[
     "out_of_memory",
@@ -32,6 +34,9 @@ Reason = Literal[
 ]
 
 
+Purpose = Literal["abliterate", "evaluate", "respond"]
+
+
 class PromptTexts(BaseModel):
     """The prompts of a job by role, disjoint between roles."""
 
@@ -42,6 +47,13 @@ class PromptTexts(BaseModel):
     heldout_harmful: list[str]
     heldout_harmless: list[str]
     over_refusal: list[str] = []
+    texts: list[str] = []
+
+
+NOTHING = PromptTexts(
+    direction_harmful=[], direction_harmless=[], search_harmful=[], search_harmless=[],
+    heldout_harmful=[], heldout_harmless=[],
+)  # fmt: skip
 
 
 class Prepare(BaseModel):
@@ -49,6 +61,13 @@ class Prepare(BaseModel):
 
     `path` is a folder on this machine; without it `model`@`revision` comes from the hub.
     Two equal Prepare requests lead to the same prepared engine, so it may be reused.
+
+    purpose      abliterate: all of it; evaluate: no directions, no edits; respond: the model alone
+    recipes      the directions that candidates will ask for
+    ara          whether candidates of method `ara` will be scored
+    affine       whether affine candidates will be
+    scorers      further scorers that `Score` will be asked for
+    batch_size   rows at once, pinned for reproduction; None: by free memory
     """
 
     op: Literal["prepare"] = "prepare"
@@ -58,6 +77,14 @@ class Prepare(BaseModel):
     quantization: Quantization = "none"
     dtype: Dtype = "auto"
     device: Device = "auto"
+    device_map: DeviceMap = "single"
+    purpose: Purpose = "abliterate"
+    recipes: list[Recipe] = [Recipe()]
+    ara: bool = False
+    affine: bool = False
+    allow_partial: bool = False
+    scorers: list[ScorerName] = []
+    batch_size: int | None = None
     prompts: PromptTexts
     system_prompt: str | None = None
     max_new_tokens: int = 100
@@ -67,12 +94,57 @@ class Prepare(BaseModel):
 
 
 class Score(BaseModel):
-    """Score candidates on one role's prompts. `max_new_tokens` overrides the job's."""
+    """Score candidates on one role's prompts. `max_new_tokens` overrides the job's.
+
+    scorers   further scores, besides refusals and the two KLs (see `jobs.spec.scorers`)
+    whole     answers are not cut where they are certainly refusals: a judge reads them
+    """
 
     op: Literal["score"] = "score"
     candidates: list[Candidate]
     role: Role = "search"
     max_new_tokens: int | None = None
+    scorers: list[ScorerName] = []
+    whole: bool = False
+
+
+class Select(BaseModel):
+    """Choose a single-pass edit as the original paper does (Arditi et al. 2024, section 2.3, C).
+
+    Among the directions of all `positions` and layers below 0.8 L: the one with the least
+    first-token refusal log-odds after ablation, KL at most `kl_limit`, and refusal induced when
+    the direction is added.
+    """
+
+    op: Literal["select"] = "select"
+    positions: list[int] = [-1, -2, -3, -4, -5]
+    kl_limit: float = 0.1
+
+
+class Compare(BaseModel):
+    """Score another model (an artifact, a fine-tune) against the prepared one as the original."""
+
+    op: Literal["compare"] = "compare"
+    model: str
+    revision: str | None = None
+    path: str | None = None
+    roles: list[Role] = ["search", "heldout", "over_refusal"]
+    scorers: list[ScorerName] = []
+
+
+class Benchmark(BaseModel):
+    """Run lm-evaluation-harness tasks on a candidate, or on the original where it is None.
+
+    `task_folder` holds task files of the operator's own; `limit` is samples per task. `planned`
+    tasks will be asked for later: they must be known as well, so that a misspelt one costs nothing.
+    """
+
+    op: Literal["benchmark"] = "benchmark"
+    tasks: list[str]
+    planned: list[str] = []
+    candidate: Candidate | None = None
+    limit: int | None = None
+    task_folder: str | None = None
 
 
 class Respond(BaseModel):
@@ -108,7 +180,10 @@ class Stop(BaseModel):
     op: Literal["stop"] = "stop"
 
 
-Request = Annotated[Prepare | Score | Respond | Export | Stop, Field(discriminator="op")]
+Request = Annotated[
+    Prepare | Score | Select | Compare | Benchmark | Respond | Export | Stop,
+    Field(discriminator="op"),
+]
 
 
 class Envelope(BaseModel):
@@ -131,6 +206,11 @@ class WriterReport(BaseModel):
     covered: bool = True
     reason: str = ""
 
+    @property
+    def parameters(self) -> int:
+        """Number of elements; a stack of experts counts all of them."""
+        return prod(self.shape) if self.shape else 0
+
 
 class AnatomyReport(BaseModel):
     """Which matrices write to the residual stream, and the share that edits cover."""
@@ -140,6 +220,38 @@ class AnatomyReport(BaseModel):
     hidden: int
     writers: list[WriterReport]
     coverage: float = Field(description="covered share of the writing parameters, 0..1")
+    shares: dict[str, float] = Field(
+        default={}, description="share of attention, mlp, experts and missed in them, 0..1"
+    )
+
+
+class LayerGeometry(BaseModel):
+    """How the two sides lie after one block; states of the last prompt token.
+
+    norm_*                     mean ‖h‖ of each side, ‖difference of means‖
+    cosine_means               between the means of both sides
+    cosine_direction_harmless  between the difference of means and the harmless mean
+    cosine_next                between this layer's difference of means and the next layer's
+    separation                 d′ along the difference: (m_b − m_g)/√((s_b² + s_g²)/2)
+    silhouette                 of the two sides as clusters, −1..1 (Rousseeuw 1987)
+    """
+
+    layer: int
+    norm_harmful: float
+    norm_harmless: float
+    norm_difference: float
+    cosine_means: float
+    cosine_direction_harmless: float
+    cosine_next: float
+    separation: float
+    silhouette: float
+
+
+class Geometry(BaseModel):
+    """Figures per layer, and per layer the 2-D points of [harmful, harmless] prompts."""
+
+    layers: list[LayerGeometry]
+    points: list[list[list[tuple[float, float]]]]
 
 
 class Prepared(BaseModel):
@@ -155,6 +267,7 @@ class Prepared(BaseModel):
     source_bytes: int = Field(description="bytes of the same weights in bf16")
     batch_size: int
     response_prefix: str = ""
+    geometry: Geometry | None = None
     baseline: dict[Role, Scores]
     baseline_outcomes: dict[Role, list[Outcome]]
     seconds: dict[str, float] = {}
@@ -174,6 +287,40 @@ class ScoredBatch(BaseModel):
     """Result of `score`, in the order of the request's candidates."""
 
     scored: list[Scored]
+
+
+class Choice(BaseModel):
+    """One direction that `select` looked at. KL in nats, log-odds in nats."""
+
+    position: int
+    layer: int
+    log_odds: float
+    kl: float
+    induced: float
+    kept: bool
+
+
+class Selected(BaseModel):
+    """Result of `select`: the candidate, and all that was looked at, best first."""
+
+    candidate: Candidate
+    choices: list[Choice]
+
+
+class Compared(BaseModel):
+    """Result of `compare`, by role."""
+
+    scored: dict[Role, Scored]
+    commit: str | None = None
+    warnings: list[str] = []
+
+
+class Benchmarked(BaseModel):
+    """Result of `benchmark`: `<task>.<metric>` -> value with its standard error's interval."""
+
+    values: dict[str, Value]
+    versions: dict[str, str] = {}
+    seconds: float = 0.0
 
 
 class Responses(BaseModel):

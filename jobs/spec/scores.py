@@ -27,6 +27,15 @@ def wilson(hits: int, total: int, z: float = 1.959963984540054) -> tuple[float, 
     return low, 1.0 if hits == total else middle + half
 
 
+class Value(BaseModel):
+    """One further score: its value, its 95 % interval and how many samples it rests on."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    n: int | None = None
+
+
 class Outcome(BaseModel):
     """What the model did with one prompt. `text` may be cut where the decision was made."""
 
@@ -42,6 +51,7 @@ class Scores(BaseModel):
     kl_first         mean KL(original‖edited) of the first answer token over harmless prompts, nats
     kl_multi         the same over the first T tokens of the original's own answers, teacher-forced
     KLs are None for the role `over_refusal`.
+    values           the further scores by name (`jobs.spec.scorers`; `harness.<task>.<metric>`)
     """
 
     role: Role
@@ -50,6 +60,14 @@ class Scores(BaseModel):
     kl_first: float | None = None
     kl_multi: float | None = None
     mean_tokens: float = 0.0
+    values: dict[str, Value] = {}
+
+    def value(self, name: str) -> float | None:
+        """The score of that name; None where it was not measured."""
+        if name in ("refusals", "kl_first", "kl_multi"):
+            found = getattr(self, name)
+            return None if found is None else float(found)
+        return self.values[name].value if name in self.values else None
 
     @property
     def interval(self) -> tuple[float, float]:

@@ -13,11 +13,14 @@ import typer
 from nullspace.client import Client, ClientError, Json
 from nullspace.commands.options import AsJson, JobId, Token, Url, client_of, job_id
 from nullspace.prompt_files import set_of
+from nullspace.results import FIGURES, figure_rows
 from nullspace.terminal import (
     FRONT,
+    METHODS,
     dump,
     duration,
     front_rows,
+    method_rows,
     number,
     out,
     plain,
@@ -43,6 +46,17 @@ OverRefusal = Annotated[
 Trials = Annotated[int | None, typer.Option("--trials", "-n", help="Budget of trials.")]
 Quantization = Annotated[
     str | None, typer.Option("--quantization", "-q", help="none, bnb_4bit or bnb_8bit.")
+]
+Methods = Annotated[
+    list[str] | None,
+    typer.Option("--method", "-m", help="Of the list in docs/cli.md; again to compare several."),
+]
+Objectives = Annotated[
+    list[str] | None,
+    typer.Option("--objective", help="What the search minimises, two or three times."),
+]
+Scorers = Annotated[
+    list[str] | None, typer.Option("--scorer", help="A further score; again for more.")
 ]
 Fields = Annotated[
     list[str] | None,
@@ -77,7 +91,8 @@ def build(
             raise ClientError(f"--spec {spec}: not a JSON object")
     if model:
         built["model"] = model
-    built |= {name: value for name, value in options.items() if value is not None}
+    # a list option that was not given is empty or None, as typer likes
+    built |= {name: value for name, value in options.items() if value is not None and value != []}
     sets = {"harmful": harmful, "harmless": harmless, "over_refusal": over_refusal}
     for role, given in sets.items():
         if given is not None and client is not None:
@@ -107,6 +122,9 @@ def submit(
     model: Annotated[str | None, typer.Argument(help="owner/name, or an operator's model.")] = None,
     spec: SpecFile = None,
     trials: Trials = None,
+    method: Methods = None,
+    objective: Objectives = None,
+    scorer: Scorers = None,
     quantization: Quantization = None,
     harmful: Harmful = None,
     harmless: Harmless = None,
@@ -125,8 +143,9 @@ def submit(
     with client_of(url, token) as client:
         built = build(
             client, model, spec, harmful, harmless, over_refusal, fields,
-            trials=trials, quantization=quantization, name=name, priority=priority,
-            parallelism=parallelism, private=private,
+            trials=trials, methods=method, objectives=objective, scorers=scorer,
+            quantization=quantization, name=name, priority=priority, parallelism=parallelism,
+            private=private,
         )  # fmt: skip
         job = client.submit(built)
         say(f"{client.url}/jobs/{job['id']}")
@@ -145,6 +164,7 @@ def estimate(
     model: Model,
     quantization: Quantization = None,
     trials: Trials = None,
+    method: Methods = None,
     fields: Fields = None,
     as_json: AsJson = False,
     url: Url = None,
@@ -153,7 +173,16 @@ def estimate(
     """What a job would need: memory, disk, time. No weights are read."""
     with client_of(url, token) as client:
         built = build(
-            client, model, None, None, None, None, fields, quantization=quantization, trials=trials
+            client,
+            model,
+            None,
+            None,
+            None,
+            None,
+            fields,
+            quantization=quantization,
+            trials=trials,
+            methods=method,
         )
         found = client.estimate(built)
     if as_json:
@@ -169,14 +198,26 @@ def estimate(
         ("host memory", size(found["ram_bytes"])),
         ("disk for an export", size(found["disk_bytes"])),
         ("time", duration(found["seconds"])),
+        *((f"fits {fit['name']}", _fits(fit)) for fit in found["fits"]),
     ]
     table(("", ""), rows)
+    say(plain(found["summary"]))
     for warning in found["warnings"]:
         say(f"note: {plain(warning)}")
 
 
+def _fits(fit: Json) -> str:
+    """How a job fits on one worker's device."""
+    if not fit["fits"]:
+        return "no"
+    return "in smaller batches" if fit["smaller_batches"] else "yes"
+
+
 def ls(
     state: Annotated[str | None, typer.Option("--state", help="Only jobs in this state.")] = None,
+    kind: Annotated[
+        str | None, typer.Option("--kind", help="Only abliterate, evaluate or benchmark.")
+    ] = None,
     mine: Annotated[bool, typer.Option("--mine", help="Only my own.")] = False,
     query: Annotated[str | None, typer.Option("--grep", help="Part of name or model.")] = None,
     limit: Annotated[int, typer.Option("--limit", min=1)] = 50,
@@ -187,7 +228,7 @@ def ls(
     """List jobs, newest first."""
     with client_of(url, token) as client:
         found = []
-        for job in client.jobs(state=state, mine=mine or None, q=query):
+        for job in client.jobs(state=state, kind=kind, mine=mine or None, q=query):
             found.append(job)
             if len(found) == limit:
                 break
@@ -199,7 +240,9 @@ def ls(
             str(job["id"])[:8],
             job["state"],
             plain(job["name"] or job["model"], 40),
-            f"{job['trials']['complete']}/{job['trials']['budget']}",
+            f"{job['trials']['complete']}/{job['trials']['budget']}"
+            if job["trials"]["budget"]
+            else job["kind"],
             _best(job),
             duration(job["eta_seconds"]) if job["state"] == "running" else "",
             job["owner"],
@@ -230,14 +273,23 @@ def show_job(job: JobId, as_json: AsJson = False, url: Url = None, token: Token 
             ("model", f"{found['model']} {found['commit'] or ''}"),
             ("owner", found["owner"]),
             ("state", course(found)),
+            *_asked(found),
             ("created", when(found["created_at"])),
             ("page", f"{client.url}/jobs/{found['id']}"),
         ]
-        for role, scores in (found.get("baseline") or {}).items():
-            rows.append((f"original, {role}", ratio(scores)))
+        if found["kind"] == "abliterate":
+            for role, scores in (found.get("baseline") or {}).items():
+                rows.append((f"original, {role}", ratio(scores)))
         if found.get("error"):
             rows.append(("error", explain(found["error"])))
         table(("", ""), rows)
+        if found.get("result"):
+            out.print()
+            table(FIGURES, figure_rows(found))
+        compared = client.methods(found["id"])
+        if len(compared) > 1:
+            out.print()
+            table(METHODS, method_rows(compared))
         if found["front_size"]:
             out.print()
             _front(client, found["id"])
@@ -245,6 +297,17 @@ def show_job(job: JobId, as_json: AsJson = False, url: Url = None, token: Token 
             out.print()
             cells = ((a["id"], a["trial"], a["kind"], a["state"], size(a["size"])) for a in made)
             table(("artifact", "#trial", "kind", "state", "#size"), cells)
+
+
+def _asked(job: Json) -> list[tuple[str, str]]:
+    """What a job is for, by its kind."""
+    spec = job["spec"]
+    if job["kind"] == "abliterate":
+        named = {"methods": spec.get("methods"), "minimised": spec.get("objectives")}
+    else:
+        named = {"kind": [job["kind"]], "original": [spec.get("original") or "-"],
+                 "tasks": spec.get("tasks")}  # fmt: skip
+    return [(name, ", ".join(values or [])) for name, values in named.items()]
 
 
 def _front(client: Client, job: str) -> None:
@@ -269,8 +332,11 @@ def watch(job: JobId, as_json: AsJson = False, url: Url = None, token: Token = N
             return
         say(course(client.job(full)))
         with sink() as view:
-            follow(client, full, view)
-        _front(client, full)
+            ended = follow(client, full, view)
+        if ended["kind"] == "abliterate":
+            _front(client, full)
+        else:
+            table(FIGURES, figure_rows(ended))
 
 
 def log(
@@ -280,7 +346,7 @@ def log(
     ] = False,
     task: Annotated[
         str | None,
-        typer.Option("--task", help="Of this task or kind: search, evaluate, export, chat."),
+        typer.Option("--task", help="Of this task, or of a kind: search, evaluate, export ..."),
     ] = None,
     url: Url = None,
     token: Token = None,

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nullspace.client import ClientError
-from nullspace.commands.jobs import Fields, Harmful, Harmless, OverRefusal, Quantization, build
+from nullspace.commands.jobs import (
+    Fields,
+    Harmful,
+    Harmless,
+    Methods,
+    Objectives,
+    OverRefusal,
+    Quantization,
+    Scorers,
+    build,
+)
 from nullspace.commands.options import AsJson, Data, Token, Url, client_of
 from nullspace.connection import Connection, config_file, data_folder, remember
 from nullspace.terminal import dump, plain, say, show, size, table, when
@@ -70,6 +80,7 @@ def _folder(text: str | None) -> Path | None:
 
 def demo(
     trials: Annotated[int, typer.Option("--trials", "-n", min=1, max=10_000)] = 60,
+    method: Methods = None,
     data: Data = None,
     port: Port = None,
     as_json: AsJson = False,
@@ -85,12 +96,17 @@ def demo(
     """The whole job on the demo model: search, front, export, download. Minutes on a CPU."""
     from nullspace.demo import demo as run_demo
 
-    run_demo(trials=trials, data=data, port=port, as_json=as_json, keep=keep, stay=stay)
+    run_demo(
+        trials=trials, methods=method, data=data, port=port, as_json=as_json, keep=keep, stay=stay
+    )
 
 
 def run(
     model: Annotated[str, typer.Argument(help="owner/name on the hub, or a folder.")],
     trials: Annotated[int, typer.Option("--trials", "-n", min=1, max=10_000)] = 200,
+    method: Methods = None,
+    objective: Objectives = None,
+    scorer: Scorers = None,
     quantization: Quantization = None,
     harmful: Harmful = None,
     harmless: Harmless = None,
@@ -113,8 +129,9 @@ def run(
 
     name, models = room.locate(model)
     spec = build(
-        None, name, None, None, None, None, fields, trials=trials, quantization=quantization
-    )
+        None, name, None, None, None, None, fields, trials=trials, methods=method,
+        objectives=objective, scorers=scorer, quantization=quantization,
+    )  # fmt: skip
     room.run(
         spec,
         sets={"harmful": harmful, "harmless": harmless, "over_refusal": over_refusal},
@@ -196,6 +213,7 @@ def migrate() -> None:
 def _settings() -> Settings:
     """The process's settings. ClientError names the variables that are missing or wrong."""
     from pydantic import ValidationError
+    from pydantic_settings import SettingsError
 
     from jobs.settings import settings
 
@@ -209,6 +227,8 @@ def _settings() -> Settings:
                 name = f"NULLSPACE_{name.upper()}"
             lines.append(f"{name}: {fault['msg']}")
         raise ClientError("\n".join(lines) + "\n(docs/settings.md lists the settings)") from error
+    except SettingsError as error:
+        raise ClientError(f"{error}: write it as JSON (docs/settings.md has an example)") from error
 
 
 def workers(as_json: AsJson = False, url: Url = None, token: Token = None) -> None:

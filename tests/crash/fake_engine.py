@@ -9,7 +9,7 @@ It is started by a worker through NULLSPACE_ENGINE_COMMAND. Files in `--orders D
     refuse-OP      holds {"reason", "message", "mend"}: the answer to the request OP
     print          its text is printed to standard output
 
-While it lives, `DIR/engines/<pid>` exists.
+While it lives, `DIR/engines/<pid>` exists; `DIR/requests` has a line per request.
 """
 
 from __future__ import annotations
@@ -74,10 +74,15 @@ def end(status: int) -> None:
     os._exit(status)
 
 
-def scores_of(candidate: dict[str, Any], role: str, total: int) -> dict[str, Any]:
+def scores_of(
+    candidate: dict[str, Any], role: str, total: int, further: list[str]
+) -> dict[str, Any]:
     """Refusals fall and KL grows with strength, with a little noise from the hash."""
     digest = hashlib.sha256(json.dumps([candidate, role], sort_keys=True).encode()).digest()
-    strength = min(1.0, candidate["attention"]["max_weight"] / 1.5)
+    if candidate["method"] == "ara":
+        strength = candidate["overshoot"] / 2
+    else:
+        strength = min(1.0, candidate["attention"]["max_weight"] / 1.5)
     refusals = round(total * (1 - strength) * digest[0] / 255)
     return {
         "role": role,
@@ -86,11 +91,18 @@ def scores_of(candidate: dict[str, Any], role: str, total: int) -> dict[str, Any
         "kl_first": strength * (0.5 + digest[1] / 510),
         "kl_multi": strength * digest[2] / 255,
         "mean_tokens": 12.0,
+        "values": {
+            name: {"value": 2 - 4 * strength + digest[3] / 255, "low": -4, "high": 4, "n": total}
+            for name in further
+            if name != "judge"  # whose verdicts are no engine's
+        },
     }
 
 
-def scored(candidate: dict[str, Any], role: str, prompts: list[str]) -> dict[str, Any]:
-    scores = scores_of(candidate, role, len(prompts))
+def scored(
+    candidate: dict[str, Any], role: str, prompts: list[str], further: list[str]
+) -> dict[str, Any]:
+    scores = scores_of(candidate, role, len(prompts), further)
     outcomes = [
         {"refused": index < scores["refusals"], "text": f"answer to {prompt}", "tokens": 12}
         for index, prompt in enumerate(prompts)
@@ -98,9 +110,62 @@ def scored(candidate: dict[str, Any], role: str, prompts: list[str]) -> dict[str
     return {"scores": scores, "outcomes": outcomes, "seconds": 0.01}
 
 
+def compared(request: dict[str, Any], prepared: dict[str, Any]) -> dict[str, Any]:
+    """Another model refuses a third of what the prepared one does."""
+    found = {}
+    for role, prompts in roles(prepared).items():
+        if role not in request["roles"]:
+            continue
+        refused = len(prompts) // 3
+        scores = {
+            "role": role,
+            "refusals": refused,
+            "total": len(prompts),
+            "kl_first": None if role == "over_refusal" else 0.25,
+            "kl_multi": None if role == "over_refusal" else 0.125,
+            "mean_tokens": 9.0,
+            "values": {
+                name: {"value": 1.5, "n": 9} for name in request["scorers"] if name != "judge"
+            },
+        }
+        outcomes = [
+            {"refused": index < refused, "text": f"model on {prompt}", "tokens": 9}
+            for index, prompt in enumerate(prompts)
+        ]
+        found[role] = {"scores": scores, "outcomes": outcomes}
+    return {"scored": found, "commit": "beefed", "warnings": ["read with care"]}
+
+
+def benchmarked(request: dict[str, Any], prepared: dict[str, Any]) -> dict[str, Any]:
+    """A figure per task that depends on the model and the edit."""
+    values = {}
+    for task in request["tasks"]:
+        key = [prepared["model"], request["candidate"], task]
+        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).digest()
+        share = digest[0] / 255
+        figure = {"value": share, "low": share - 0.1, "high": share + 0.1}
+        values[f"{task}.acc"] = {**figure, "n": request["limit"] or 100}
+    return {"values": values, "seconds": 0.1}
+
+
+def working(channel: Channel, orders: Path, number: int, delay: float) -> bool:
+    """Pass the time of one piece of work, with the faults that were ordered; False when stopped."""
+    if channel.pause(delay, (orders / "deaf").exists()):
+        channel.send(type="error", id=number, reason="stopped", message="stopped")
+        return False
+    if (orders / "die-always").exists():
+        os.kill(os.getpid(), signal.SIGKILL)
+    with contextlib.suppress(FileNotFoundError):
+        (orders / "die").unlink()
+        print("the last words", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return True
+
+
 def prepare(request: dict[str, Any]) -> dict[str, Any]:
     baseline, outcomes = {}, {}
-    for role, prompts in roles(request).items():
+    measured = {} if request["purpose"] == "respond" else roles(request)
+    for role, prompts in measured.items():
         baseline[role] = {
             "role": role,
             "refusals": len(prompts),
@@ -137,6 +202,23 @@ def roles(request: dict[str, Any]) -> dict[str, list[str]]:
     if texts["over_refusal"]:
         found["over_refusal"] = texts["over_refusal"]
     return found
+
+
+def selected() -> dict[str, Any]:
+    """A direction of the prompt's last token but one, at layer 3, on all layers."""
+    everywhere = {"max_weight": 1.0, "min_weight": 1.0, "position": 0.0, "distance": 1e9}
+    candidate = {
+        "method": "ablation",
+        "mode": "none",
+        "recipe": {"projection": "none", "position": -2},
+        "scope": "global",
+        "index": 3.0,
+        "attention": everywhere,
+        "mlp": everywhere,
+        "affine": False,
+    }
+    choice = {"position": -2, "layer": 3, "log_odds": -4.0, "kl": 0.05, "induced": 2.0}
+    return {"candidate": candidate, "choices": [{**choice, "kept": True}]}
 
 
 def export(request: dict[str, Any]) -> dict[str, Any]:
@@ -177,6 +259,8 @@ def main() -> None:
         envelope = channel.lines.pop(0)
         request, number = envelope["request"], envelope["id"]
         op = request["op"]
+        with (orders / "requests").open("a") as file:
+            file.write(f"{op} {request.get('model') or request.get('tasks') or ''}\n")
         if (orders / "print").exists():
             print((orders / "print").read_text(), flush=True)
         refusal = orders / f"refuse-{op}"
@@ -191,6 +275,15 @@ def main() -> None:
             channel.send(type="result", id=number, value=prepare(request))
         elif op == "score":
             score(channel, orders, number, request, roles(prepared), given.delay)
+        elif op == "select":
+            channel.send(type="result", id=number, value=selected())
+        elif op == "compare":
+            channel.send(type="progress", id=number, phase="loading weights", done=1, total=1)
+            if working(channel, orders, number, given.delay):
+                channel.send(type="result", id=number, value=compared(request, prepared))
+        elif op == "benchmark":
+            if working(channel, orders, number, given.delay):
+                channel.send(type="result", id=number, value=benchmarked(request, prepared))
         elif op == "respond":
             texts = [f"answer to {prompt}" for prompt in request["prompts"]]
             channel.send(type="result", id=number, value={"texts": texts})
@@ -213,17 +306,10 @@ def score(
 ) -> None:
     done = []
     for index, candidate in enumerate(request["candidates"]):
-        stopped = channel.pause(delay, (orders / "deaf").exists())
-        if stopped:
-            channel.send(type="error", id=number, reason="stopped", message="stopped")
+        if not working(channel, orders, number, delay):
             return
-        if (orders / "die-always").exists():
-            os.kill(os.getpid(), signal.SIGKILL)
-        with contextlib.suppress(FileNotFoundError):
-            (orders / "die").unlink()
-            print("the last words", flush=True)
-            os.kill(os.getpid(), signal.SIGKILL)
-        done.append(scored(candidate, request["role"], prompts[request["role"]]))
+        role = request["role"]
+        done.append(scored(candidate, role, prompts[role], request["scorers"]))
         channel.send(type="partial", id=number, index=index, scored=done[-1])
     channel.send(type="result", id=number, value={"scored": done})
 

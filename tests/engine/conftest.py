@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 
 from demo.vocabulary import build_tokenizer
 from engine.directions import Directions, measure
+from jobs.spec.candidate import Recipe
 from jobs.spec.protocol import Prepare, PromptTexts
 from tests.engine.families import DENSE, tiny
 
@@ -48,8 +49,14 @@ def request(folder: Path, **more: Any) -> Prepare:
     return Prepare.model_validate({**fields, **more})
 
 
-def random_directions(layers: int, hidden: int, seed: int = 7) -> Directions:
+RECIPES = (Recipe(), Recipe(projection="none"))
+
+
+def random_directions(
+    layers: int, hidden: int, seed: int = 7, recipes: Sequence[Recipe] = RECIPES
+) -> Directions:
     """Directions of random states, with a harmless mean that matters."""
     torch.manual_seed(seed)
     shape = (6, layers + 1, hidden)
-    return measure(torch.randn(shape) + 0.5, torch.randn(shape) + 1)
+    harmful, harmless = torch.randn(shape) + 0.5, torch.randn(shape) + 1
+    return measure({-1: harmful}, {-1: harmless}, recipes)

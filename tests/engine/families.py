@@ -75,6 +75,25 @@ FUSED: dict[str, dict[str, Any]] = {
     "olmoe": SMALL | {"num_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}
     | LAYERED,
+    "llama4_text": SMALL
+    | {"num_local_experts": 4, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 1,
+       "no_rope_layers": [1, 1, 1]}
+    | LAYERED,
+    "dbrx": {"vocab_size": VOCAB, "d_model": 32, "n_layers": 3, "n_heads": 4, "max_seq_len": 128,
+       "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+       "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+       "initializer_range": 0.2},
+    "qwen2_moe": SMALL
+    | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+       "shared_expert_intermediate_size": 24, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    | LAYERED,
+}  # fmt: skip
+
+GEMMA3N: dict[str, Any] = SMALL | {
+    "num_hidden_layers": 2, "intermediate_size": [48, 48], "vocab_size_per_layer_input": VOCAB,
+    "layer_types": ["sliding_attention", "full_attention"], "num_kv_shared_layers": 0,
+    "activation_sparsity_pattern": [0.0, 0.0], "hidden_size_per_layer_input": 16,
+    "laurel_rank": 16,
 }  # fmt: skip
 
 

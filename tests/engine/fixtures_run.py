@@ -17,11 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from demo import MODEL, grammar
 from demo.vocabulary import build_tokenizer
-from engine.edit import formula
+from engine.change import formula
 from engine.load import load_folder
 from engine.preparation import Ready, prepare
 from engine.report import Silent
-from jobs.spec.candidate import Candidate, Kernel, constant
+from jobs.spec.candidate import Ablation, Candidate, Kernel, Recipe, constant
 from jobs.spec.protocol import (
     Envelope,
     Error,
@@ -35,6 +35,7 @@ from jobs.spec.protocol import (
     answers,
 )
 
+RAW = Recipe(projection="none")
 Message = Progress | Log | Partial | Result | Error
 
 
@@ -99,18 +100,19 @@ def prepare_request(folder: Path, **more: Any) -> Prepare:
     """A small job on the model in `folder`, on the CPU in float32."""
     settings: dict[str, Any] = {
         "model": "tiny", "path": str(folder), "dtype": "float32", "device": "cpu",
-        "prompts": prompt_texts(), "max_new_tokens": 24, "kl_tokens": 6,
+        "recipes": [Recipe(), RAW], "prompts": prompt_texts(), "max_new_tokens": 24,
+        "kl_tokens": 6,
     }  # fmt: skip
     return Prepare(**(settings | more))
 
 
 CANDIDATES = [
-    Candidate(mode="full", attention=constant(1.0), mlp=constant(0.5)),
-    Candidate(
+    Ablation(mode="full", attention=constant(1.0), mlp=constant(0.5)),
+    Ablation(
         mode="none", scope="global", index=1.5, attention=constant(0.8),
         mlp=Kernel(max_weight=1.2, min_weight=0.1, position=2.0, distance=2.0),
     ),
-    Candidate(mode="columns", projected=False, attention=constant(0.3), mlp=constant(0.0)),
+    Ablation(mode="columns", recipe=RAW, attention=constant(0.3), mlp=constant(0.0)),
 ]  # fmt: skip
 
 
@@ -211,10 +213,9 @@ def ready(tiny_folder: Path) -> Ready:
 def replaced(ready: Ready, candidate: Candidate, dtype: torch.dtype) -> Any:
     """A second model in `dtype` whose writers hold the candidate's weights by the formula."""
     model, _ = load_folder(ready.loaded.source, torch.device("cpu"), dtype)
-    directions = ready.directions.of(candidate)
-    for writer in ready.anatomy.writers:
-        strength = candidate.kernel(writer.component).weight(writer.layer)
-        weight = model.get_submodule(writer.name).weight
-        new = formula(weight.detach(), directions[writer.layer], strength, candidate.mode)
-        weight.data.copy_(new)
+    changes = ready.builder.changes(candidate)
+    for writer, change in zip(ready.anatomy.writers, changes, strict=True):
+        if change is not None:
+            weight = model.get_submodule(writer.name).weight
+            weight.data.copy_(formula(weight.detach(), change))
     return model

@@ -97,6 +97,13 @@ def test_a_template_by_name_is_found(tokenizer: PreTrainedTokenizerBase) -> None
         ),
         (["<|channel|>final<|message|>A", "<|channel|>final<|message|>B"],
          "<|channel|>final<|message|>"),
+        # two answers of eight think aloud: closed in all; one of twelve: an accident
+        (["<think>A", "<think>B", *"cdefgh"], "<think>\n\n</think>\n\n"),
+        (["<think>A", *"bcdefghijkl"], ""),
+        # some answers of gpt-oss in another channel: half a header would be no prefix
+        (["<|channel|>final<|message|>A", "<|channel|>commentary<|message|>B"],
+         "<|channel|>final<|message|>"),
+        (["<|channel>thought\nA", "<|channel>thought\nB"], "<|channel>thought\n<channel|>"),
         (["\n\nA", "\n\nB"], "\n\n"),
         (["x" * 300 + "a", "x" * 300 + "b"], ""),
     ],
@@ -111,6 +118,9 @@ def test_a_prefix_of_words_belongs_to_the_answers_text(tokenizer: PreTrainedToke
     formatter.prefix = "Sure,"
     assert formatter.ids("Hello") == bare + formatter.opening()
     assert tokenizer.decode(formatter.opening()) == "Sure,"
-    formatter.prefix = "<think>\n\n</think>\n\n"
-    assert formatter.opening() == []
-    assert formatter.text("Hello").endswith(formatter.prefix)
+    for silent in ("<think>\n\n</think>\n\n", "<|channel|>final<|message|>"):
+        formatter.prefix = silent
+        assert formatter.opening() == []
+        assert formatter.text("Hello").endswith(silent)
+    formatter.prefix = "<think>\n\n</think>\n\nSure,"
+    assert tokenizer.decode(formatter.opening()) == "Sure,"

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from demo import prompt_file
 from engine.scorers.refusals import Refusals
-from jobs.spec.candidate import Candidate, constant, single_pass
+from jobs.spec.candidate import Ablation, constant, single_pass
 from jobs.spec.protocol import (
     Error,
     Export,
@@ -203,8 +203,8 @@ def test_the_demo_model_is_edited_and_the_artifact_keeps_the_figures(
 
     candidates = [
         single_pass(prepared.anatomy.layers),
-        Candidate(attention=constant(1), mlp=constant(0.6)),
-        Candidate(mode="columns", attention=constant(0.5), mlp=constant(0)),
+        Ablation(attention=constant(1), mlp=constant(0.6)),
+        Ablation(mode="columns", attention=constant(0.5), mlp=constant(0)),
     ]
     scored = ScoredBatch.model_validate(child.ask(Score(candidates=candidates))).scored
     assert scored[1].scores.refusals < 0.2 * prepared.baseline["search"].refusals

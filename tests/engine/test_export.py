@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 import resource
 import subprocess
 import sys
@@ -22,16 +23,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import export
 from engine.anatomy import Anatomy, survey
+from engine.change import Change, Projection, formula
 from engine.directions import Directions
-from engine.edit import EditBuilder, formula
+from engine.edit import EditBuilder
 from engine.errors import EngineError
+from engine.export import stream
 from engine.export.adapter import Adapter
 from engine.export.card import CardFacts, render
 from engine.export.folder import Folder
 from engine.load import Loaded, load
 from engine.patch import Patch
 from engine.report import Silent
-from jobs.spec.candidate import Candidate, EditMode, Kernel, constant
+from jobs.spec.candidate import Ablation, Candidate, EditMode, Kernel, constant
 from jobs.spec.protocol import Export, Exported
 from jobs.spec.scores import Scores
 from tests.engine.conftest import Save, random_directions, request
@@ -48,19 +51,28 @@ class Case:
         self.loaded: Loaded = load(request(folder, **more), Silent())
         self.anatomy: Anatomy = survey(self.loaded.model)
         self.directions: Directions = random_directions(self.anatomy.layers, self.anatomy.hidden)
+        self.builder = EditBuilder(self.anatomy, self.directions)
 
     def write(self, directory: Path, of: Candidate, **more: Any) -> Exported:
         directory.mkdir(exist_ok=True)
         asked = Export(candidate=of, directory=str(directory), **more)
-        return export.write(self.loaded, self.anatomy, self.directions, asked, Silent())
+        changes = self.builder.changes(of)
+        return export.write(self.loaded, self.anatomy, changes, asked, Silent())
 
     def patched(self, of: Candidate) -> Tensor:
         with Patch(self.anatomy) as patch:
-            patch.select([EditBuilder(self.anatomy, self.directions).build(of)])
+            patch.select([self.builder.build(of)])
             return logits(self.loaded.model)
 
+    def change(self, of: Ablation, name: str) -> Change | None:
+        """What `of` does to a parameter of the checkpoint."""
+        for writer, change in zip(self.anatomy.writers, self.builder.changes(of), strict=True):
+            if f"{writer.name}.weight" == name:
+                return change
+        return None
 
-def candidate(mode: EditMode, **more: Any) -> Candidate:
+
+def candidate(mode: EditMode, **more: Any) -> Ablation:
     """λ falls over the attention layers and is 0 on the first; 0.9 on every MLP."""
     fields: dict[str, Any] = {
         "mode": mode,
@@ -68,7 +80,7 @@ def candidate(mode: EditMode, **more: Any) -> Candidate:
         "mlp": constant(0.9),
         **more,
     }
-    return Candidate(**fields)
+    return Ablation(**fields)
 
 
 def logits(model: Any) -> Tensor:
@@ -137,19 +149,17 @@ def test_unedited_tensors_are_byte_identical(llama: Case, tmp_path: Path) -> Non
     of = candidate("full", scope="global", index=1.3)
     llama.write(tmp_path, of)
     edited = {
-        f"{w.name}.weight": w
-        for w in llama.anatomy.writers
-        if of.kernel(w.component).weight(w.layer)
+        f"{w.name}.weight" for w in llama.anatomy.writers if of.kernel(w.component).weight(w.layer)
     }
     before, after = tensors(llama.folder), tensors(tmp_path)
     assert before.keys() == after.keys() and len(edited) == 5
-    v = llama.directions.of(of)
     for name, tensor in before.items():
         if name not in edited:
             assert tensor.numpy().tobytes() == after[name].numpy().tobytes()
             continue
-        w = edited[name]
-        true = formula(tensor, v[w.layer], of.kernel(w.component).weight(w.layer), "full")
+        change = llama.change(of, name)
+        assert change is not None
+        true = formula(tensor, change)
         assert torch.equal(after[name], true.float()) or torch.allclose(
             after[name].double(), true, rtol=1e-6, atol=1e-9
         )
@@ -167,11 +177,10 @@ def test_dtype_of_the_checkpoint_is_kept(dtype: torch.dtype, save: Save, tmp_pat
     case = Case(save("llama", dtype=dtype))
     of = candidate("full")
     case.write(tmp_path, of)
-    v = case.directions.of(of)
     before, after = tensors(case.folder), tensors(tmp_path)
     assert all(t.dtype == dtype for t in after.values())
     name = "model.layers.2.mlp.down_proj.weight"
-    true = formula(before[name], v[2], 0.9, "full")
+    true = formula(before[name], Projection(case.directions.of(of)[2], 0.9, "full"))
     assert (after[name] != true.to(dtype)).float().mean() < 1e-3  # float64, rounded once
     assert not torch.equal(after[name], before[name])
 
@@ -215,7 +224,8 @@ def test_plain_lora_states_its_error(llama: Case, tmp_path: Path) -> None:
             A, B = (found[f"{key}.lora_{k}.weight"] for k in "AB")
             assert A.shape == (rank, w.n) and B.shape == (w.d, rank)
             W = w.weight()
-            delta = formula(W, llama.directions.of(of)[w.layer], lam, "full") - W.double()
+            V = llama.directions.of(of)[w.layer]
+            delta = formula(W, Projection(V, lam, "full")) - W.double()
             own.append(float((delta - B.double() @ A.double()).norm() / delta.norm()))
         assert done.truncation_error == pytest.approx(max(own), rel=1e-3)
         errors.append(max(own))
@@ -232,9 +242,10 @@ def test_randomised_svd_is_near_the_best(monkeypatch: pytest.MonkeyPatch) -> Non
 
     torch.manual_seed(0)
     W, v = torch.randn(96, 160), torch.nn.functional.normalize(torch.randn(96), dim=0)
-    best = adapter.truncated(W, v, 1.1, "full", 4)[2]
+    change = Projection(v[None], 1.1, "full")
+    best = adapter.truncated(W, change, 4).error
     monkeypatch.setattr(adapter, "EXACT_SVD", 8)
-    assert adapter.truncated(W, v, 1.1, "full", 4)[2] < 1.05 * best
+    assert adapter.truncated(W, change, 4).error < 1.05 * best
 
 
 def test_sums_card_and_file_list(llama: Case, tmp_path: Path) -> None:
@@ -253,7 +264,8 @@ def test_sums_card_and_file_list(llama: Case, tmp_path: Path) -> None:
         assert (folder / "config.json").is_file()
         return {"search": Scores(role="search", refusals=4, total=100, kl_first=0.013)}
 
-    done = export.write(llama.loaded, llama.anatomy, llama.directions, asked, Silent(), measure)
+    changes = llama.builder.changes(asked.candidate)
+    done = export.write(llama.loaded, llama.anatomy, changes, asked, Silent(), measure)
     assert seen == [tmp_path] and done.measured["search"].refusals == 4
     assert {f.name for f in done.files} == {p.name for p in tmp_path.iterdir()}
     for file in done.files:
@@ -314,6 +326,31 @@ def test_a_full_disk(kind: str, llama: Case, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("direct", [stream.DIRECT, 0])
+@pytest.mark.parametrize("size", [0, 1, 8191, 8192, 8193, 3 * 8192, 50_001])
+def test_files_are_written_whole(
+    size: int, direct: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of any length, blocks that end where the data ends, with and without O_DIRECT."""
+    monkeypatch.setattr(stream, "BLOCK", 8192)
+    monkeypatch.setattr(stream, "DIRECT", direct)
+    data = random.Random(size).randbytes(size)
+    for step in (1000, 8192, 20_000):
+        chunks = (data[k : k + step] for k in range(0, size, step))
+        found = stream.write_hashed(tmp_path / "file", chunks)
+        assert found == (size, hashlib.sha256(data).hexdigest())
+        assert (tmp_path / "file").read_bytes() == data
+
+
+def test_a_device_with_large_sectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a block does not suit the device the rest goes through the page cache."""
+    monkeypatch.setattr(stream, "BLOCK", 100)  # no device takes that past the cache
+    data = random.Random(1).randbytes(1050)
+    found = stream.write_hashed(tmp_path / "file", [data])
+    assert found == (1050, hashlib.sha256(data).hexdigest())
+    assert (tmp_path / "file").read_bytes() == data
+
+
 def test_too_small_a_disk_is_seen_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="needs 1000000000") as caught, Folder(tmp_path) as folder:
         folder.need(10**18)
@@ -325,8 +362,9 @@ def test_a_failure_leaves_nothing(llama: Case, tmp_path: Path) -> None:
         raise OSError(28, "No space left on device")
 
     asked = Export(candidate=candidate("full"), directory=str(tmp_path))
+    changes = llama.builder.changes(asked.candidate)
     with pytest.raises(EngineError) as caught:
-        export.write(llama.loaded, llama.anatomy, llama.directions, asked, Silent(), measure)
+        export.write(llama.loaded, llama.anatomy, changes, asked, Silent(), measure)
     assert caught.value.reason == "disk_full" and caught.value.mend
     assert not list(tmp_path.iterdir())
 

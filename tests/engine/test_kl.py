@@ -86,7 +86,7 @@ def test_chunks_in_float32_are_close_to_float64(
     a, b = p.double().log_softmax(-1), q.double().log_softmax(-1)
     slow = (a.exp() * (a - b)).sum(-1)
     torch.testing.assert_close(divergence(p, q), slow, rtol=0, atol=1e-6)
-    monkeypatch.setattr(kl, "CHUNK", 2 * vocabulary)
+    monkeypatch.setattr(kl, "KL_CHUNK", 2 * vocabulary)
     torch.testing.assert_close(divergence(p, q), slow, rtol=0, atol=1e-6)
 
 
@@ -94,5 +94,5 @@ def test_impossible_tokens_and_broken_models() -> None:
     p, q = logits(2, 100, 1.0)
     p[:, 7] = q[:, 7] = float("-inf")
     assert torch.isfinite(divergence(p, q)).all()
-    broken = kl._mean([divergence(p, q * float("nan"))])
+    broken = kl.mean_divergence([divergence(p, q * float("nan"))])
     assert broken.first == broken.multi == kl.WORST

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from engine.checkpoint import open_checkpoint
 from engine.errors import EngineError
-from engine.load import dtype_chain, load, load_folder
+from engine.load import load, load_folder
+from engine.loading.precision import dtype_chain
 from engine.report import Silent
 from jobs.spec.protocol import Prepare
 from tests.engine.conftest import Save, request

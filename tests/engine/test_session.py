@@ -11,7 +11,7 @@ import pytest
 from engine.errors import EngineError
 from engine.report import Silent
 from engine.session import Session
-from jobs.spec.candidate import Candidate, constant
+from jobs.spec.candidate import Ablation, constant
 from jobs.spec.protocol import Export, Prepare, Prepared, Respond, Score, Scored
 from tests.engine.fixtures_run import CANDIDATES, prepare_request, prompt_texts, tiny_folder
 
@@ -89,7 +89,7 @@ def test_score_sends_every_candidate_and_returns_them_in_order(session: Session)
 def test_a_candidate_that_edits_nothing_is_the_original(
     session: Session, prepared: Prepared
 ) -> None:
-    nothing = Candidate(attention=constant(0), mlp=constant(0))
+    nothing = Ablation(attention=constant(0), mlp=constant(0))
     (found,) = session.score(Score(candidates=[nothing], role="heldout"), Silent()).scored
     assert found.outcomes == prepared.baseline_outcomes["heldout"]
     assert found.scores.kl_multi == pytest.approx(0, abs=1e-9)

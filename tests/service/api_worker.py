@@ -22,7 +22,7 @@ def claim(sessions: Sessions, settings: Settings) -> Claim:
             name="by-hand",
             host="here",
             pid=1,
-            accepts=["search", "evaluate", "export", "chat"],
+            accepts=["search", "evaluate", "export", "chat", "benchmark"],
             device={"kind": "cpu", "name": "test", "memory_bytes": 10**11},
             versions={},
         )

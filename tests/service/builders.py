@@ -89,7 +89,7 @@ def add_worker(session: Session, **changes: Any) -> Worker:
         "name": f"worker-{uuid.uuid4().hex[:6]}",
         "host": "here",
         "pid": 1,
-        "accepts": ["search", "evaluate", "export", "chat"],
+        "accepts": ["search", "evaluate", "export", "chat", "benchmark"],
         "device": {"kind": "cpu", "name": "test", "memory_bytes": 10**12},
         "versions": {},
     }

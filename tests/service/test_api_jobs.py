@@ -88,7 +88,16 @@ def test_another_members_job(
         problem(theirs.post(f"/jobs/{public}/pause"), 403)
         problem(theirs.patch(f"/jobs/{public}", json={"priority": 3}), 403)
         problem(theirs.post(f"/jobs/{public}/chat", json={"prompt": "hello"}), 403)
-        for path in ("", "/trials", "/front", "/events", "/log", "/artifacts", "/trials/0"):
+        for path in (
+            "",
+            "/trials",
+            "/front",
+            "/methods",
+            "/events",
+            "/log",
+            "/artifacts",
+            "/trials/0",
+        ):
             problem(theirs.get(f"/jobs/{private}{path}"), 404)
         problem(theirs.post(f"/jobs/{private}/cancel"), 404)
         problem(theirs.post(f"/jobs/{private}/trials/0/artifacts", json={}), 404)
@@ -128,8 +137,18 @@ WRONG: list[tuple[dict[str, object], str, str]] = [
     ({"model": "file:///etc/passwd"}, "model", ""),
     ({"model": "nowhere"}, "model", ""),
     ({"model": None}, "model", "Send text in quotes."),
-    ({"method": "magic"}, "method", "Use one of 'search' or 'single_pass'."),
-    ({"modes": []}, "modes", "Send at least 1 entries."),
+    ({"methods": []}, "methods", "Send at least 1 entries."),
+    ({"methods": ["mpoa", "magic"]}, "methods.1", "Use one of 'mpoa', 'mpoa_columns',"),
+    ({"methods": "mpoa"}, "methods", "Send a list."),
+    ({"method": "search"}, "method", "Did you mean `methods`? Otherwise remove it."),
+    ({"objectives": ["refusals"]}, "objectives", "Send at least 2 entries."),
+    ({"objectives": ["refusals", "refusals"]}, "objectives", ""),
+    ({"objectives": ["refusals", "judge"]}, "objectives", ""),
+    ({"objectives": ["refusals", "kl"]}, "objectives.1", "Use one of 'refusals', 'log_odds',"),
+    ({"scorers": ["harness"]}, "tasks", ""),
+    ({"scorers": ["speed"]}, "scorers.0", "Use one of"),
+    ({"device_map": "balanced"}, "device_map", "Use one of 'single', 'auto' or 'offload'."),
+    ({"startup_trials": 9}, "startup_trials", ""),
     ({"private": "perhaps"}, "private", "Send true or false."),
     ({"name": "\x00"}, "name", ""),
 ]
@@ -204,6 +223,32 @@ def test_trials_front_and_picks(api: Api, member: User, sessions: Sessions) -> N
         problem(client.post(f"/jobs/{job}/trials/77/pick"), 404)
         shown = client.get(f"/jobs/{job}").json()
         assert shown["best"]["number"] == 2 and shown["front_size"] == 2
+
+
+def test_methods_side_by_side(api: Api, member: User, sessions: Sessions) -> None:
+    wanted = spec(trials=5, methods=["mpoa", "ara", "deccp"], scorers=["length"])
+    with api.as_user(member) as client:
+        job = client.post("/jobs", json=wanted).json()
+        assert job["spec"]["methods"] == ["mpoa", "ara", "deccp"]
+        path = f"/jobs/{job['id']}"
+        before = client.get(f"{path}/methods").json()["items"]
+        assert [each["method"] for each in before] == ["mpoa", "ara", "deccp"]
+        assert [each["budget"] for each in before] == [2, 2, 1]
+        assert all(each["best"] is None and each["hypervolume"] is None for each in before)
+        held = claim(sessions, api.settings)
+        for refusals, kl in ((8, 0.01), (4, 0.02), (2, 0.05), (0, 0.05)):
+            score(sessions, held, refusals, kl)
+        found = {each["method"]: each for each in client.get(f"{path}/methods").json()["items"]}
+        assert [found[name]["complete"] for name in ("deccp", "mpoa", "ara")] == [1, 2, 1]
+        best = found["mpoa"]["best"]
+        assert best["number"] == 3 and best["search"]["interval"][0] == 0.0
+        assert best["search"]["kl_multi"] == 0.05 and best["heldout"] is None
+        assert found["ara"]["title"] == "ARA" and found["ara"]["seconds"] == 1.0
+        shown = client.get(f"{path}/trials/2").json()
+        assert (shown["method"], shown["search"]["values"]) == ("ara", {})
+        problem(client.get(f"/jobs/{uuid.uuid4()}/methods"), 404)
+        few = client.patch(path, json={"trials": 2})
+        assert field(problem(few, 422))[0] == "trials"
 
 
 def test_chat_makes_a_task(api: Api, member: User, sessions: Sessions) -> None:

@@ -41,7 +41,10 @@ def test_up_tells_how_to_sign_in_and_a_second_terminal_works(lab: Lab, up: Up) -
         assert stat.S_IMODE((lab.data / name).stat().st_mode) == 0o600
     assert lab.json("ls") == []
     workers = lab.json("workers")
-    assert sorted(" ".join(row["accepts"]) for row in workers) == ["export", "search evaluate chat"]
+    assert sorted(" ".join(row["accepts"]) for row in workers) == [
+        "export",
+        "search evaluate chat benchmark",
+    ]
     assert all(row["live"] for row in workers)
     page = httpx.get(up.url, follow_redirects=True, headers={"Accept": "text/html"})
     assert page.status_code == 200 and "text/html" in page.headers["content-type"]
@@ -86,6 +89,24 @@ def test_a_job_from_submit_to_files(lab: Lab, up: Up) -> None:
     ]
     assert "trial 0" in whole and "trial 0" in lab.nullspace("log", job, "--task", "search").stdout
     assert "there are: search" in lab.nullspace("log", job, "--task", "nap", code=5).stderr
+
+
+def test_methods_are_compared(lab: Lab, up: Up) -> None:
+    done = lab.json(
+        "submit", "fake", *JOB, "--trials", "5", "--method", "mpoa", "-m", "ara", "-m", "deccp",
+        "--objective", "refusals", "--objective", "kl_multi", "--scorer", "log_odds", "--watch",
+    )  # fmt: skip
+    asked = done["spec"]
+    assert asked["methods"] == ["mpoa", "ara", "deccp"]
+    assert (asked["objectives"], asked["scorers"]) == (["refusals", "kl_multi"], ["log_odds"])
+    said = lab.nullspace("show", done["id"]).stdout
+    table = [line.split() for line in said.splitlines() if line.split()[1:2] == ["2/2"]]
+    assert [row[0] for row in table] == ["mpoa", "ara"] and "hypervolume" in said
+    assert "deccp" in lab.nullspace("trials", done["id"], "--front").stdout + said
+    wrong = lab.nullspace("submit", "fake", *JOB, "--method", "magic", code=7).stderr
+    assert "methods.0" in wrong and "'mpoa'" in wrong
+    wrong = lab.nullspace("submit", "fake", *JOB, "--objective", "judge", code=7).stderr
+    assert "objectives" in wrong
 
 
 def test_control(lab: Lab, up: Up) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from jobs.settings import Settings
+from jobs.spec.methods import METHODS
+from jobs.spec.scorers import ALWAYS, SCORERS
 from nullspace import cli
 from tests.service.compose_file import ROOT, load
 from tests.service.test_compose import SECRETS
@@ -66,6 +68,16 @@ def test_every_command_and_option_of_the_documents_exists() -> None:
                 assert re.search(rf"(?<![\w-]){re.escape(word)}\b", text), (path, word)
     named = re.findall(r"^  ([a-z]+) ", help_of().partition("Commands:")[2], re.M)
     assert seen == set(named), "docs/cli.md shows every command"
+
+
+def test_methods_and_scores_of_the_document_are_those_of_the_code() -> None:
+    text = (ROOT / "docs" / "cli.md").read_text()
+    for name, method in METHODS.items():
+        assert f"| `{name}` | {method.title} | {method.about} |" in text
+    for score, scorer in SCORERS.items():
+        when = "every trial" if score in ALWAYS or scorer.cost == "cheap" else "the front"
+        objective = "yes" if scorer.objective else "no"
+        assert f"| `{score}` | {scorer.title} | {when} | {objective} |" in text
 
 
 def test_every_chore_of_the_documents_exists() -> None:

@@ -112,7 +112,7 @@ def test_each_gpu_has_one_worker_and_each_profile_does_every_kind_of_task() -> N
     for profile, gpus in {"cpu": 0, "gpu": 1, "gpus-2": 2, "gpus-4": 4}.items():
         chosen = [s for s in services.values() if profile in s.get("profiles", [])]
         kinds = {kind for s in chosen for kind in s["environment"]["NULLSPACE_ACCEPTS"].split(",")}
-        assert kinds == {"search", "evaluate", "export", "chat"}, profile
+        assert kinds == {"search", "evaluate", "export", "chat", "benchmark"}, profile
         assert sum("deploy" in s for s in chosen) == gpus
 
 

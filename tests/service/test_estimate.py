@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from jobs import checkpoints
-from jobs.estimate import NF4_BYTES, OVERHEAD_BYTES, Estimate, estimate
+from jobs.checkpoints import Checkpoint, Tensor
+from jobs.estimate import Estimate, estimate, figures
+from jobs.needs import OVERHEAD
 from jobs.problems import Invalid
 from jobs.settings import Settings
+from jobs.spec.job import JobSpec
+from jobs.weights import NF4_BYTES, NF4_TABLES
 from tests.engine import hub_server
 from tests.service.builders import make_spec, write_model
 from tests.service.test_models import asking, hub, point_at
@@ -25,22 +30,166 @@ REST = 100 * HIDDEN + LAYERS * HIDDEN
 
 
 def test_sizes_counted_by_hand(farm: Settings) -> None:
-    found = estimate(make_spec(quantization="bnb_4bit", max_new_tokens=36), farm)
+    spec = make_spec(quantization="bnb_4bit", max_new_tokens=36, device="cuda")
+    found = estimate(spec, farm)
     assert (found.parameters, found.layers, found.hidden) == (QUANTISED + REST, LAYERS, HIDDEN)
     assert found.architecture == "LlamaForCausalLM" and found.supported
     weights = {
         "none": 2 * (QUANTISED + REST),
-        "bnb_8bit": QUANTISED + 2 * REST,
-        "bnb_4bit": round(QUANTISED * NF4_BYTES) + 2 * REST,
+        "bnb_8bit": QUANTISED + LAYERS * 2 * HIDDEN * 4 + 2 * REST,  # a float32 scale a row
+        "bnb_4bit": round(QUANTISED * NF4_BYTES) + LAYERS * 2 * NF4_TABLES + 2 * REST,
     }
     assert found.weight_bytes == weights
-    # 32 rows of 100 tokens; one key/value head of 8; two copies of 100 float32 log-probabilities
-    cache, logits, activations = 32 * 100 * 2 * 2 * 8 * 2, 2 * 32 * 100 * 4, 32 * 100 * 16 * 8 * 2
-    expected = weights["bnb_4bit"] + cache + logits + activations + OVERHEAD_BYTES
-    assert found.gpu_bytes == expected
+    # The baseline answers 100 prompts of 64 tokens with 36. Two heads of 8, one of keys: a token's
+    # keys and values are 2 · 8 numbers of 2 bytes in each of 2 layers. The widest moment is one
+    # block over the prompt, its norm and edit in float32: 64 · (2·2·16 + 3·4·16) bytes.
+    (baseline,) = (each for each in found.needs["cuda"].phases if each.name == "baseline")
+    attention = 2 * (2 * 16 + 4 * 16 + 16 + 2 * 16)
+    feed_forward = 2 * (2 * 16 + 3 * 4 * 16)  # no width in the file: four times the residual's
+    assert max(attention, feed_forward, 2 * 2 * 16 + 3 * 4 * 16) == feed_forward == 448
+    prompt = 64 * (2 * 8) * 2 * LAYERS + 64 * feed_forward + 100 * 2
+    # bases: for each of 2 directions d + 2n numbers of 4 bytes, and d + n norms, of 2 + 2 writers
+    bases = LAYERS * 4 * (LAYERS * (16 + 32) + 32 + LAYERS * (16 + 128) + 80)
+    parts = {"weights": weights["bnb_4bit"], "bases": bases, "libraries": OVERHEAD["cuda"]}
+    assert {name: baseline.parts[name] for name in parts} == parts
+    assert baseline.bytes == sum(parts.values()) + 100 * prompt
+    assert found.gpu_bytes == found.needs["cuda"].bytes >= baseline.bytes
     assert found.disk_bytes > 2 * (QUANTISED + REST)
     on_cpu = estimate(make_spec(device="cpu"), farm)
-    assert on_cpu.gpu_bytes == 0 and on_cpu.ram_bytes > on_cpu.weight_bytes["bnb_4bit"]
+    assert on_cpu.gpu_bytes == 0 and on_cpu.ram_bytes == on_cpu.needs["cpu"].bytes
+    assert on_cpu.ram_bytes > on_cpu.weight_bytes["bnb_4bit"] + OVERHEAD["cpu"]
+
+
+def test_more_of_everything_needs_more_memory() -> None:
+    """The peak grows with rows, answers and prompts; a single row is the least."""
+    plain = llama(make_spec()).needs["cuda"]
+    assert plain.least < plain.bytes < plain.most
+    for changed in (
+        llama(make_spec(max_new_tokens=400)),
+        llama(make_spec(prompts={"search": 400})),
+        llama(make_spec(system_prompt="Be kind. " * 400)),
+        llama(make_spec(quantization="none")),
+    ):
+        assert changed.needs["cuda"].bytes > plain.bytes
+    peak = max(phase.bytes for phase in plain.phases if not phase.optional)
+    assert plain.bytes == peak
+    assert all(phase.bytes == sum(phase.parts.values()) for phase in plain.phases)
+
+
+def test_workers_that_it_fits() -> None:
+    """8 billion parameters in 4 bits: not on 6 GB, in small batches on 8.0, at ease on 24."""
+    devices = [
+        {"kind": "cuda", "name": "NVIDIA Nought", "memory_bytes": 6_000_000_000},
+        {"kind": "cuda", "name": "NVIDIA L4", "memory_bytes": 24_000_000_000},
+        {"kind": "cuda", "name": "NVIDIA H200", "memory_bytes": 141_000_000_000},
+        {"kind": "cpu", "name": "Unheard-of", "memory_bytes": 2_000_000_000},
+    ]
+    found = llama(make_spec(trials=100), devices)
+    assert [fit.fits for fit in found.fits] == [False, True, True, False]
+    assert found.fits[0].seconds is None is found.fits[3].seconds  # nobody measured them
+    slow, fast = found.fits[1].seconds, found.fits[2].seconds
+    assert slow is not None and fast is not None and slow > fast > 60
+    assert found.seconds == fast
+    assert "fits on NVIDIA L4, NVIDIA H200; disk 16 GB; about" in found.summary
+    tight = {"kind": "cuda", "name": "Tight", "memory_bytes": found.needs["cuda"].least + 1}
+    (fit,) = llama(make_spec(), [tight]).fits
+    assert fit.fits and fit.smaller_batches
+    assert "no worker that is here now" in llama(make_spec(), devices[:1]).summary
+    assert not llama(make_spec(device="cpu"), devices[:3]).fits
+
+
+def test_time_grows_with_the_work() -> None:
+    """Twice the trials take about twice as long; two workers share them."""
+    device = [{"kind": "cuda", "name": "NVIDIA H200", "memory_bytes": 141_000_000_000}]
+    times = [
+        llama(make_spec(trials=trials, parallelism=workers), device).seconds
+        for trials, workers in ((1000, 1), (2000, 1), (2000, 2))
+    ]
+    one, two, shared = (time or 0.0 for time in times)
+    assert 1.8 * one < two < 2 * one and shared == pytest.approx(one, rel=0.01)
+
+
+def test_experts_are_not_quantised() -> None:
+    """bitsandbytes packs linear modules; experts are one parameter of three dimensions."""
+    tensors = [Tensor("model.embed_tokens.weight", "BF16", (1000, 64))]
+    tensors += [Tensor(f"model.layers.0.mlp.experts.{e}.{name}.weight", "BF16", shape)
+                for e in range(8)
+                for name, shape in {"up_proj": (32, 64), "gate_proj": (32, 64),
+                                    "down_proj": (64, 32)}.items()]  # fmt: skip
+    tensors.append(Tensor("model.layers.0.mlp.gate.weight", "BF16", (8, 64)))
+    tensors.append(Tensor("model.layers.0.self_attn.o_proj.weight", "BF16", (64, 64)))
+    config = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 1000, "num_experts": 8,
+              "num_attention_heads": 4, "num_experts_per_tok": 2}  # fmt: skip
+    found = figures(make_spec(), Checkpoint(config, tensors))
+    experts = 8 * 3 * 32 * 64
+    assert found.weight_bytes["bnb_4bit"] == round(4096 * NF4_BYTES) + NF4_TABLES + 2 * (
+        experts + 64_512
+    )
+    assert found.active == found.parameters - experts * 6 // 8
+    assert any("42% of the parameters are fused experts" in text for text in found.warnings)
+    assert not figures(make_spec(quantization="none"), Checkpoint(config, tensors)).warnings
+
+
+def test_what_is_loaded_of_a_checkpoint() -> None:
+    """A tied head and layers that predict further tokens are not; an image tower is."""
+    names: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (1000, 64),
+        "lm_head.weight": (1000, 64),
+        "model.layers.0.self_attn.o_proj.weight": (64, 64),
+        "model.layers.1.self_attn.o_proj.weight": (64, 64),  # beyond num_hidden_layers
+        "mtp.layers.0.self_attn.o_proj.weight": (64, 64),
+        "model.vision_tower.encoder.layers.7.mlp.fc1.weight": (96, 48),
+    }
+    tensors = [Tensor(name, "BF16", shape) for name, shape in names.items()]
+    text = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 1000}
+    config = {"text_config": text, "tie_word_embeddings": True}
+    found = figures(make_spec(), Checkpoint(config, tensors))
+    assert found.parameters == 64_000 + 64 * 64 + 96 * 48
+    assert found.disk_bytes > 2 * (2 * 64_000 + 3 * 64 * 64 + 96 * 48)  # exports copy it all
+    free = figures(make_spec(), Checkpoint({**config, "tie_word_embeddings": False}, tensors))
+    assert free.parameters - found.parameters == 64_000
+
+
+def test_weights_that_come_packed() -> None:
+    """Eight-bit floats are loaded as they are, whatever the job's quantisation."""
+    tensors = [
+        Tensor("model.layers.0.self_attn.o_proj.weight", "F8_E4M3", (64, 64)),
+        Tensor("model.embed_tokens.weight", "BF16", (1000, 64)),
+    ]
+    config = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 1000,
+              "quantization_config": {"quant_method": "fp8"}}  # fmt: skip
+    found = figures(make_spec(), Checkpoint(config, tensors))
+    assert set(found.weight_bytes.values()) == {64 * 64 + 2 * 64_000}
+    assert any("already quantised" in warning for warning in found.warnings)
+
+
+@pytest.mark.parametrize(
+    ("files", "read"),
+    [
+        (["model.safetensors", "consolidated.safetensors"], ["model.safetensors"]),
+        (["adapter_model.safetensors", "model-00002-of-00002.safetensors",
+          "model-00001-of-00002.safetensors"],
+         ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),
+        (["weights.safetensors", "other/model.safetensors"], ["weights.safetensors"]),
+    ],
+)  # fmt: skip
+def test_the_files_that_transformers_loads(files: list[str], read: list[str]) -> None:
+    assert checkpoints.weight_files(files) == read
+
+
+def test_no_decoder_is_not_supported() -> None:
+    for config, supported in (
+        ({"architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}, False),
+        ({"architectures": ["BertForMaskedLM"]}, False),
+        ({"architectures": ["LlamaForSequenceClassification"]}, False),
+        ({"architectures": ["WhisperForCausalLM"]}, False),
+        ({"architectures": ["NobodysForCausalLM"]}, None),
+        ({"architectures": ["GptOssForCausalLM"]}, True),
+        ({"architectures": ["Gemma3ForConditionalGeneration"]}, True),
+        ({"architectures": ["Qwen3ForCausalLM"]}, True),
+        ({}, None),
+    ):
+        assert figures(make_spec(), Checkpoint(config, [])).supported is supported
 
 
 def test_headers_agree_with_safetensors(models_folder: Path) -> None:
@@ -118,36 +267,43 @@ def test_neither_torch_nor_web_is_loaded() -> None:
     assert subprocess.run([sys.executable, "-c", spec], check=False).returncode == 0
 
 
-def test_a_large_model_by_its_shapes(make_settings: Callable[..., Settings]) -> None:
-    """Llama 3.1 8B by its published shapes: 8.03e9 parameters, about 5.6 GB in nf4."""
+def llama(spec: JobSpec, devices: Sequence[dict[str, Any]] = ()) -> Estimate:
+    """The estimate of `spec` on Llama 3.1 8B by its published shapes."""
     d, ff, kv, v = 4096, 14_336, 1024, 128_256
-    tensors = [checkpoints.Tensor("model.embed_tokens.weight", "BF16", (v, d))]
-    tensors.append(checkpoints.Tensor("lm_head.weight", "BF16", (v, d)))
+    tensors = [
+        Tensor(f"{name}.weight", "BF16", (v, d)) for name in ("model.embed_tokens", "lm_head")
+    ]
+    attention = {"q_proj": (d, d), "k_proj": (kv, d), "v_proj": (kv, d), "o_proj": (d, d)}
+    shapes: dict[str, tuple[int, ...]] = {
+        **{f"self_attn.{name}": shape for name, shape in attention.items()},
+        "mlp.gate_proj": (ff, d), "mlp.up_proj": (ff, d), "mlp.down_proj": (d, ff),
+        "input_layernorm": (d,), "post_attention_layernorm": (d,),
+    }  # fmt: skip
     for layer in range(32):
-        for name, shape in {
-            "q": (d, d),
-            "k": (kv, d),
-            "v": (kv, d),
-            "o": (d, d),
-            "gate": (ff, d),
-            "up": (ff, d),
-            "down": (d, ff),
-            "norm1": (d,),
-            "norm2": (d,),
-        }.items():
-            tensors.append(checkpoints.Tensor(f"model.layers.{layer}.{name}", "BF16", shape))
+        for name, shape in shapes.items():
+            tensors.append(Tensor(f"model.layers.{layer}.{name}.weight", "BF16", shape))
     config = {
         "architectures": ["LlamaForCausalLM"],
         "hidden_size": d,
+        "intermediate_size": ff,
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "vocab_size": v,
     }
-    from jobs.estimate import figures
+    return figures(spec, Checkpoint(config, tensors), devices=devices)
 
-    found: Estimate = figures(make_spec(), checkpoints.Checkpoint(config, tensors))
+
+def test_a_large_model_by_its_shapes() -> None:
+    """8.03e9 parameters, about 5.7 GB in nf4, and about 9 GB while 100 prompts are answered."""
+    found = llama(make_spec())
     assert found.parameters == pytest.approx(8.03e9, rel=1e-3)
+    assert found.active == pytest.approx(7.5e9, rel=1e-2)  # without the embedding table
     assert found.weight_bytes["none"] == pytest.approx(16.06e9, rel=1e-3)
     assert found.weight_bytes["bnb_4bit"] == pytest.approx(5.7e9, rel=0.02)
-    assert 6e9 < found.gpu_bytes < 9e9
+    # 100 rows of 164 tokens at 131 072 bytes, bases of 4 · 32 · (d + 2n) in 64 writers
+    answers = next(phase for phase in found.needs["cuda"].phases if phase.name == "answers")
+    assert answers.parts["cache"] == 100 * 164 * 131_072
+    bases = 32 * 4 * 32 * ((4096 + 2 * 4096) + (4096 + 2 * 14_336))
+    assert answers.parts["bases"] == pytest.approx(bases, rel=0.02)
+    assert 8e9 < found.gpu_bytes < 10e9

@@ -13,11 +13,22 @@ from typing import Any
 import pytest
 from sqlalchemy import select, text, update
 
-from jobs import artifacts, control, lifecycle, progress, queue, trials, workers
+from jobs import (
+    artifacts,
+    benchmarks,
+    control,
+    lifecycle,
+    progress,
+    queue,
+    results,
+    trials,
+    workers,
+)
 from jobs.database import Sessions
 from jobs.problems import Invalid, LeaseLost, TooMany
 from jobs.settings import Settings
 from jobs.spec.protocol import AnatomyReport, Exported, Prepared
+from jobs.spec.scores import Value
 from jobs.tables import Job, Task, User, Worker
 from tests.service.builders import (
     CANDIDATE,
@@ -295,6 +306,7 @@ def prepared() -> Prepared:
     )
 
 
+VALUES = {"judge": Value(value=0.5)}
 Write = Callable[[Any, Task, int], object]
 FENCED: dict[str, Write] = {
     "fence": lambda s, t, k: queue.fence(s, t.id, k),
@@ -309,6 +321,10 @@ FENCED: dict[str, Write] = {
     "fail": lambda s, t, k: trials.fail(s, t, k, 0, "x"),
     "store_baseline": lambda s, t, k: trials.store_baseline(s, t, k, prepared()),
     "store_rescored": lambda s, t, k: trials.store_rescored(s, t, k, 1, "heldout", scored()),
+    "store_values": lambda s, t, k: trials.store_values(s, t, k, -1, "search", VALUES),
+    "store_results": lambda s, t, k: results.store(s, t, k, {"model": {"search": scored()}}),
+    "store_figures": lambda s, t, k: results.store_figures(s, t, k, -1, VALUES),
+    "store_benchmark": lambda s, t, k: benchmarks.store(s, t, k, (-1, "x", None), VALUES),
     "report": lambda s, t, k: progress.report(s, t, k, "search", 1, 2, "x"),
     "mark_running": lambda s, t, k: artifacts.mark_running(s, t, k, uuid.uuid4()),
     "mark_ready": lambda s, t, k: artifacts.mark_ready(s, t, k, uuid.uuid4(), Exported(files=[])),
@@ -359,6 +375,25 @@ def test_a_stale_token_changes_nothing(
         queue.renew(session, held.task.id, token, farm)
     with sessions.begin() as session:
         assert session.execute(DUMP).scalar_one() == before
+
+
+def test_a_slow_worker_does_not_wipe_out_what_is_known_of_the_original(
+    sessions: Sessions, owner: User, farm: Settings, worker: Worker
+) -> None:
+    """It claimed beside another and is ready when the other has the original's figures."""
+    with sessions.begin() as session:
+        job = add_job(session, owner, farm, parallelism=2)
+    fast, slow = must_claim(sessions, worker, farm), must_claim(sessions, worker, farm)
+    with sessions.begin() as session:
+        trials.store_baseline(session, fast.task, fast.token, prepared())
+        trials.store_values(session, fast.task, fast.token, trials.ORIGINAL, "search", VALUES)
+    other = prepared().model_copy(update={"baseline_outcomes": {"search": []}})
+    with sessions.begin() as session:
+        trials.store_baseline(session, slow.task, slow.token, other)
+    with sessions.begin() as session:
+        kept = session.get_one(Job, job.id)
+        assert trials.values(session, kept, trials.ORIGINAL, "search")["judge"]["value"] == 0.5
+        assert trials.responses(session, job.id, trials.ORIGINAL)["search"] == scored(4).outcomes
 
 
 def test_lease_of_a_dead_worker_is_claimed_again(
@@ -613,6 +648,8 @@ def test_single_pass_has_one_slot_and_one_search_task(
     sessions: Sessions, owner: User, farm: Settings
 ) -> None:
     with sessions.begin() as session:
-        job = add_job(session, owner, farm, method="single_pass", trials=50, parallelism=4)
+        job = add_job(session, owner, farm, methods=["deccp"], trials=50, parallelism=4)
         assert job.trials == 1 and len(queue.claimable_of(session, job.id)) == 1
-        assert make_spec().method == "search"
+        both = add_job(session, owner, farm, methods=["deccp", "arditi"], trials=50, parallelism=4)
+        assert both.trials == 2 and len(queue.claimable_of(session, both.id)) == 1
+        assert make_spec().methods == ["mpoa"]

@@ -186,10 +186,18 @@ def test_amending(sessions: Sessions, owner: User, farm: Settings) -> None:
             with pytest.raises(Invalid) as caught:
                 control.amend(session, owner, job, **changes)  # type: ignore[arg-type]
             assert caught.value.field == field
-        single = add_job(session, owner, farm, method="single_pass")
-        with pytest.raises(Invalid, match="exactly one"):
+        single = add_job(session, owner, farm, methods=["deccp"])
+        with pytest.raises(Invalid, match="one trial each"):
             control.amend(session, owner, single, trials=2)
-        control.cancel(session, owner, single)
+        with pytest.raises(Invalid, match="run on one worker"):
+            control.amend(session, owner, single, parallelism=2)
+        three = add_job(session, owner, farm, methods=["mpoa", "ara", "deccp"], trials=2)
+        assert three.trials == 3 and three.name == "tiny, 3 methods", "each has a trial at least"
+        with pytest.raises(Invalid, match="Each of the 3 methods needs a trial"):
+            control.amend(session, owner, three, trials=2)
+        assert control.amend(session, owner, three, trials=9).trials == 9
+        for made in (single, three):
+            control.cancel(session, owner, made)
         worker = add_worker(session)
     with sessions.begin() as session:
         held = queue.claim(session, worker, farm)

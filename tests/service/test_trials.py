@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from jobs import control, events, queue, trials
+from jobs import control, events, fronts, queue, trials
 from jobs.database import Sessions
 from jobs.problems import Conflict, LeaseLost, NotFound
 from jobs.settings import Settings
@@ -201,4 +201,4 @@ def test_pareto_is_the_definition(points: list[tuple[float, float]]) -> None:
         return p[0] <= q[0] and p[1] <= q[1] and p != q
 
     slow = [i for i in clean if not any(dominates(points[j], points[i]) for j in clean)]
-    assert trials.pareto(points) == slow
+    assert fronts.pareto(points) == slow

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from jobs import artifacts, events, prompts, submit, trials
+from jobs import analysis, artifacts, events, prompts, submit, trials
 from jobs.database import Sessions
 from jobs.settings import Settings
 from jobs.spec.job import JobSpec
@@ -51,12 +51,15 @@ def test_a_small_job_to_its_artifact(
             assert ended.state == "completed", (ended.error, running.said()[-2000:])
             assert ended.prepared is not None
             assert ended.prepared["anatomy"]["coverage"] == 1.0
+            seen = analysis.geometry(session, ended)
             baseline = ended.prepared["baseline"]["search"]
             front = trials.front(session, job.id)
             origins = [row.origin for row in trials.list_trials(session, job.id)]
             kept = trials.responses(session, job.id, front[0].number)
         check(sessions, job.id)
         assert baseline["refusals"] >= 14, "the original refuses"
+        assert len(seen.layers) == len(seen.points) == 8
+        assert max(layer.separation for layer in seen.layers) > 4, "the sides lie apart"
         assert front[0].refusals is not None and front[0].refusals <= 4, "the best edit does not"
         assert front[0].heldout is not None and front[0].over_refusal is not None
         assert origins == ["single_pass", "plain", *["sampler"] * 4]

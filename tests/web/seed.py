@@ -35,18 +35,23 @@ from jobs import (
 )
 from jobs.database import Sessions
 from jobs.settings import Settings
-from jobs.spec.candidate import Candidate, Kernel, constant, single_pass
+from jobs.spec import scorers
+from jobs.spec.candidate import Ablation, Ara, Candidate, Kernel, constant, single_pass
 from jobs.spec.job import JobSpec
+from jobs.spec.methods import METHODS, MethodName, turn
 from jobs.spec.protocol import (
     AnatomyReport,
     Exported,
     ExportedFile,
+    Geometry,
+    LayerGeometry,
     Prepared,
     PromptTexts,
     Scored,
     WriterReport,
 )
-from jobs.spec.scores import Outcome, Role, Scores
+from jobs.spec.scorers import ScorerName
+from jobs.spec.scores import Outcome, Role, Scores, Value
 from jobs.tables import Task, User, Worker
 
 LAYERS = 8
@@ -115,13 +120,15 @@ def worker(session: Session, name: str = "gpu-1") -> Worker:
         name=name,
         host="rack-3",
         pid=4711,
-        accepts=["search", "evaluate", "export", "chat"],
+        accepts=["search", "evaluate", "export", "chat", "benchmark"],
         device={"kind": "cuda", "name": "NVIDIA H200", "memory_bytes": 139 * GIB},
         versions={"nullspace": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0"},
     )
 
 
 def _strength(candidate: Candidate) -> float:
+    if isinstance(candidate, Ara):
+        return 0.3 + candidate.overshoot
     total = sum(
         candidate.attention.weight(layer) + 0.7 * candidate.mlp.weight(layer)
         for layer in range(LAYERS)
@@ -144,6 +151,15 @@ def _scores(role: Role, candidate: Candidate, noise: random.Random, total: int =
     )  # fmt: skip
 
 
+def _further(names: list[ScorerName], scores: Scores) -> dict[str, Value]:
+    """Further scores that go along with the refusals."""
+    share = scores.refusals / scores.total
+    return {
+        name: Value(value=8 * share - 4, low=8 * share - 4.5, high=8 * share - 3.5, n=scores.total)
+        for name in names
+    }
+
+
 def _outcomes(texts: list[str], scores: Scores, noise: random.Random) -> list[Outcome]:
     refused = set(noise.sample(range(len(texts)), min(len(texts), scores.refusals)))
     verbs = grammar.FORBIDDEN | grammar.ALLOWED
@@ -161,8 +177,20 @@ def _outcomes(texts: list[str], scores: Scores, noise: random.Random) -> list[Ou
     return found
 
 
-def _candidate(noise: random.Random) -> tuple[Candidate, dict[str, Any]]:
+def _candidate(
+    noise: random.Random, method: MethodName = "mpoa"
+) -> tuple[Candidate, dict[str, Any]]:
     last = LAYERS - 1
+    if METHODS[method].kind == "ara":
+        ara = Ara(
+            start=noise.randrange(LAYERS // 2),
+            end=LAYERS,
+            preserve=noise.random(),
+            steer=10 ** noise.uniform(-4, 0),
+            overshoot=noise.uniform(0, 1.3),
+            neighbours=noise.randint(1, 15),
+        )
+        return ara, ara.model_dump(exclude={"method", "rank"})
 
     def kernel(low: float, high: float) -> Kernel:
         peak = max(0.0, noise.uniform(low, high))
@@ -174,8 +202,9 @@ def _candidate(noise: random.Random) -> tuple[Candidate, dict[str, Any]]:
         )
 
     scope = noise.choice(["global", "per_layer"])
-    candidate = Candidate(
-        mode="full",
+    candidate = Ablation(
+        mode=METHODS[method].mode,
+        recipe=METHODS[method].recipe,
         scope=scope,
         index=noise.uniform(0.4, 0.9) * last if scope == "global" else None,
         attention=kernel(0.8, 1.5),
@@ -208,6 +237,41 @@ def _anatomy() -> AnatomyReport:
     )
 
 
+def geometry(layers: int = LAYERS, count: int = 64) -> Geometry:
+    """Two clouds of points that part in the middle layers; lengths grow with the layers."""
+    noise = random.Random(11)
+    figures, points = [], []
+    for layer in range(layers):
+        depth = layer / max(1, layers - 1)
+        spread = 1.4 * math.exp(2.6 * depth)
+        apart = 6.5 * math.exp(-(((depth - 0.62) / 0.3) ** 2))
+        figures.append(
+            LayerGeometry(
+                layer=layer,
+                norm_harmful=9.1 * spread,
+                norm_harmless=8.6 * spread * (1 + 0.04 * depth),
+                norm_difference=apart * spread,
+                cosine_means=0.99 - 0.06 * apart,
+                cosine_direction_harmless=0.25 - 0.5 * depth,
+                cosine_next=0.55 + 0.42 * depth if layer + 1 < layers else 1.0,
+                separation=apart,
+                silhouette=0.09 * apart - 0.05,
+            )
+        )
+        sides = [
+            [
+                (
+                    round(spread * (side * apart / 2 + noise.gauss(0, 1)), 3),
+                    round(2 * spread * noise.gauss(0, 1), 3),
+                )
+                for _ in range(count)
+            ]
+            for side in (1, -1)
+        ]
+        points.append(sides)
+    return Geometry(layers=figures, points=points)
+
+
 def prepared(texts: PromptTexts, noise: random.Random) -> Prepared:
     """What an engine would tell of the demo model."""
     roles: dict[Role, list[str]] = {
@@ -231,6 +295,7 @@ def prepared(texts: PromptTexts, noise: random.Random) -> Prepared:
         weight_bytes=3_900_000,
         source_bytes=11_600_000,
         batch_size=64,
+        geometry=geometry(),
         baseline=baseline,
         baseline_outcomes={
             role: _outcomes(lines, baseline[role], noise) for role, lines in roles.items()
@@ -276,22 +341,26 @@ def demo_job(
         assert claim is not None and claim.job.id == job_id
         task, token = claim.task, claim.token
         texts = PromptTexts.model_validate(claim.job.prompts)
+        asked = JobSpec.model_validate(claim.job.spec)
         trials.store_baseline(session, task, token, prepared(texts, noise))
     _log(settings, task.id, hostile)
     chosen: dict[int, Candidate] = {}
     for number in range(trials_done):
-        candidate, params = _candidate(noise)
-        if number == 0:
-            candidate, params = single_pass(LAYERS), {}
-        elif number == 1:
-            candidate, params = Candidate(attention=constant(), mlp=constant()), {}
+        method, own = turn(asked.methods, number)
+        candidate, params = _candidate(noise, method)
+        if METHODS[method].kind != "ara" and own == 0:
+            candidate, params = single_pass(LAYERS, METHODS[method].mode), {}
+        elif METHODS[method].kind != "ara" and own == 1:
+            candidate, params = Ablation(attention=constant(), mlp=constant()), {}
         scores = _scores("search", candidate, noise, len(texts.search_harmful))
+        further = scorers.of_trials(asked.objectives, asked.scorers)
+        scores = scores.model_copy(update={"values": _further(further, scores)})
         said = _outcomes(texts.search_harmful, scores, noise)
         if hostile:
             said = [o.model_copy(update={"text": o.text + hostile}) for o in said]
         with sessions.begin() as session:
             (slot,) = trials.reserve(session, task, token, 1)
-            origin = {0: "single_pass", 1: "plain"}.get(number, "sampler")
+            origin = {0: "single_pass", 1: "plain"}.get(own, "sampler")
             trials.begin(session, task, token, slot.number, candidate, params, origin, number)
             scored = Scored(scores=scores, outcomes=said, seconds=1.1 + noise.random())
             trials.complete(session, task, token, slot.number, scored)
@@ -335,7 +404,7 @@ def _finish(
         assert claim is not None and claim.task.kind == "evaluate"
         front = trials.front(session, job_id)
         texts = PromptTexts.model_validate(claim.job.prompts)
-        for row in front:
+        for row in trials.to_check(session, job_id):
             scores = _scores("heldout", chosen[row.number], noise, len(texts.heldout_harmful))
             scored = Scored(scores=scores, outcomes=_outcomes(texts.heldout_harmful, scores, noise))
             trials.store_rescored(session, claim.task, claim.token, row.number, "heldout", scored)

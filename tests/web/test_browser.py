@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, BrowserContext, Dialog, Page, Route, ex
 from jobs import artifacts, chats, control, events, live, queue, trials
 from jobs.database import Sessions
 from jobs.settings import Settings
-from jobs.spec.candidate import Candidate, constant
+from jobs.spec.candidate import Ablation, constant
 from jobs.spec.protocol import Scored
 from jobs.spec.scores import Outcome, Scores
 from jobs.tables import Task, User
@@ -92,7 +92,7 @@ def score_one(sessions: Sessions, job_id: uuid.UUID, refusals: int, kl: float) -
     task, token = search_task(sessions, job_id)
     with sessions.begin() as session:
         (slot,) = trials.reserve(session, task, token, 1)
-        edit = Candidate(attention=constant(), mlp=constant())
+        edit = Ablation(attention=constant(), mlp=constant())
         trials.begin(session, task, token, slot.number, edit, {}, "sampler", slot.number)
         scores = Scores(role="search", refusals=refusals, total=100, kl_first=kl, kl_multi=kl)
         said = [Outcome(refused=False, text="Sure.")] * 100
@@ -139,6 +139,56 @@ def test_from_sign_in_to_a_job(open_page: Open, sets: tuple[str, str], width: in
     touchable(page)
 
 
+def test_what_the_chosen_methods_make_of_the_budget(open_page: Open, sets: tuple[str, str]) -> None:
+    page = open_page()
+    page.goto("/jobs/new?demo=1")
+    shares = page.locator("#shares")
+    expect(shares).to_have_text("60 trials.")
+    page.get_by_label("ARA", exact=True).check()
+    page.get_by_label("Single pass", exact=True).check()
+    page.get_by_label("Trials", exact=True).fill("42")
+    words = "42 trials: MPOA, rows 21, ARA 20, Single pass 1."
+    expect(shares).to_have_text(words)
+    # the server says the same
+    page.get_by_label("Prompts that the model refuses").select_option("refused-requests")
+    page.get_by_label("Prompts that the model answers").select_option("answered-requests")
+    page.get_by_label("Model", exact=True).fill("small")
+    page.get_by_role("button", name="Estimate").click()
+    expect(page.get_by_role("heading", name="Estimate")).to_be_visible()
+    expect(page.locator("#shares")).to_have_text(words)
+    for name in ("MPOA, rows", "ARA"):
+        page.get_by_label(name, exact=True).uncheck()
+    expect(page.locator("#shares")).to_have_text("1 trial.")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_comparison_fits(
+    open_page: Open,
+    sessions: Sessions,
+    web_settings: Settings,
+    person: User,
+    sets: tuple[str, str],
+    width: int,
+    scheme: str,
+) -> None:
+    job_id = seed.demo_job(
+        sessions, web_settings, person, trials_done=12, budget=12, scorers=["log_odds"],
+        methods=["mpoa", "ara", "svd", "biprojected", "mpoa_columns", "deccp"],
+    )  # fmt: skip
+    with sessions.begin() as session:
+        rows = {row.method: row.number for row in trials.list_trials(session, job_id)}
+    page = open_page(width, color_scheme=scheme)
+    for path in ("", f"/trials/{rows['ara']}", f"/trials/{rows['svd']}"):
+        page.goto(f"/jobs/{job_id}{path}")
+        for summary in page.locator("summary").all():
+            summary.click()
+        fits(page)
+        touchable(page)
+        low = page.evaluate(CONTRAST)
+        assert not low, (path, low)
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_every_page_fits(
@@ -151,6 +201,7 @@ def test_every_page_fits(
     for path in (
         "/", "/jobs/new", "/jobs/new?demo=1", f"/jobs/{done}", f"/jobs/{done}?show=front",
         f"/jobs/{done}/trials/{number}", f"/jobs/{done}/cancel", f"/artifacts/{artifact}",
+        f"/jobs/{done}/geometry",
         "/prompt-sets", "/prompt-sets/refused-requests", "/prompt-sets/refused-requests/delete",
         "/workers", "/tokens", "/account", "/nothing", "/signin", "/signout",
     ):  # fmt: skip

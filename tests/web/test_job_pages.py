@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Callable
 
+import pytest
 from fastapi.testclient import TestClient
 
-from jobs import artifacts, control, queue, trials
+from jobs import artifacts, comparison, control, queue, trials
 from jobs.database import Sessions
 from jobs.settings import Settings
 from jobs.tables import Job, User
 from tests.web import seed
 from tests.web.markup import good, location
+from web.views import formats
+from web.views import trials as trial_views
 
 # --- a job ----------------------------------------------------------------------------------
 
@@ -117,7 +121,7 @@ def test_trial(client: TestClient, sessions: Sessions, done: uuid.UUID) -> None:
         prompts = session.get_one(Job, done).prompts
     path = f"/jobs/{done}/trials/{row.number}"
     page = good(client.get(path))
-    assert "Attention λ" in page and page.count('class="knot attention"') == seed.LAYERS
+    assert "Attention λ" in page and page.count('class="knot attention" data-') == seed.LAYERS
     assert "Take the pick back" in page and "To polish the lamp, start with a soft cloth" in page
     assert page.count('<article class="answer">') == 20 and "page 1 of 5" in page
     assert prompts["search_harmful"][5] in page + good(client.get(path + "?page=2"))
@@ -155,6 +159,84 @@ def test_export_and_chat_from_the_trial(
     with sessions.begin() as session:
         made = [a for a in artifacts.list_for_job(session, done) if a.trial_number == 0]
         assert [(a.kind, a.rank, a.state) for a in made] == [("lora", 4, "queued")]
+
+
+COMPARED = ["mpoa", "ara", "deccp"]
+
+
+@pytest.fixture
+def compared(
+    sessions: Sessions, web_settings: Settings, person: User, sets: tuple[str, str]
+) -> uuid.UUID:
+    """A finished job with three methods, a further objective, and what it measures."""
+    return seed.demo_job(
+        sessions, web_settings, person, trials_done=13, budget=13, methods=COMPARED,
+        objectives=["refusals", "kl_first", "log_odds"],
+    )  # fmt: skip
+
+
+def test_methods_side_by_side(client: TestClient, sessions: Sessions, compared: uuid.UUID) -> None:
+    page = good(client.get(f"/jobs/{compared}"))
+    with sessions.begin() as session:
+        reports = comparison.compare(session, session.get_one(Job, compared))
+        rows = trials.list_trials(session, compared)
+    part = page[page.index('data-part="methods"') : page.index('data-part="plot"')]
+    lines = re.findall(r"<tr>.*?</tr>", part, re.S)[1:]
+    assert len(lines) == len(reports) == 3
+    for line, report in zip(lines, reports, strict=True):
+        assert report.best is not None and report.best.heldout is not None
+        held = report.best.heldout
+        assert report.title in line and f'/trials/{report.best.number}"' in line
+        assert f"{held.refusals}<small>/{held.total}" in line
+        assert formats.interval(*held.interval) in line
+        assert f"{report.complete}/{report.budget}" in line
+        assert f"{report.hypervolume:.4f}" in line
+    # each trial's mark is that of its method, in both plots, and so are the legend's
+    for row in rows:
+        mark = re.search(rf'data-number="{row.number}".*?</a>', page, re.S)
+        assert mark is not None and f'class="dot s{COMPARED.index(row.method)}"' in mark[0]
+        assert "; " + trial_views.method_title(row.method) in mark[0]
+    legend = page[page.index('<figcaption class="legend"') :]
+    assert [f's{n}"' in legend for n in range(4)] == [True, True, True, False]
+
+
+def test_one_method_is_no_comparison(client: TestClient, done: uuid.UUID) -> None:
+    page = good(client.get(f"/jobs/{done}"))
+    assert 'data-part="methods"' not in page and 'class="dot s0"' not in page
+
+
+def test_trials_of_other_methods(
+    client: TestClient, sessions: Sessions, compared: uuid.UUID
+) -> None:
+    with sessions.begin() as session:
+        rows = {row.method: row for row in trials.list_trials(session, compared)}
+    page = good(client.get(f"/jobs/{compared}/trials/{rows['ara'].number}"))
+    assert "Arbitrary-rank ablation" in page and "Overshoot ω" in page
+    assert "Strength over the layers" not in page and "λ</dt>" not in page
+    assert "First-token refusal log-odds" in page and " nats" in page and "of 100" in page
+    page = good(client.get(f"/jobs/{compared}/trials/{rows['deccp'].number}"))
+    assert "Strength over the layers" in page and 'class="knot attention"' in page
+    assert "made by single pass" in page
+
+
+def test_preflight_names_what_edits_miss(
+    client: TestClient, sessions: Sessions, compared: uuid.UUID
+) -> None:
+    with sessions.begin() as session:
+        job = session.get_one(Job, compared)
+        prepared = json.loads(json.dumps(job.prepared))
+        writers = prepared["anatomy"]["writers"]
+        writers[1] |= {"name": "layers.0.<b>experts</b>", "shape": [4, 256, 64]}
+        writers[3] |= {"covered": False, "reason": "its layout is not known"}
+        job.prepared = prepared
+    page = good(client.get(f"/jobs/{compared}"))
+    table = page[page.index('class="grid-table small reach"') : page.index('data-part="submitted"')]
+    cells = [
+        re.findall(r"<t[hd][^>]*>([^<]*)<", line) for line in re.findall(r"<tr>.*?</tr>", table)
+    ]
+    assert [row[:3] for row in cells[1:]] == [["Attention", "8", "0"], ["MLP", "8", "1"]]
+    assert "Reached by no method: 1 matrix" in table and "its layout is not known" in table
+    assert "Not reached by ARA: 1 matrix" in table and "&lt;b&gt;experts" in table
 
 
 def test_a_trial_that_is_not_scored_yet(
@@ -199,3 +281,42 @@ def test_control_shows_in_the_page_what_may_be_done(
         }
     page = good(client.get(f"/jobs/{running}"))
     assert "&lt;b&gt;The disk is full.&lt;/b&gt;" in page and "Free it." in page
+
+
+# --- the analysis ---------------------------------------------------------------------------
+
+
+def test_analysis(client: TestClient, done: uuid.UUID) -> None:
+    path = f"/jobs/{done}/geometry"
+    assert f'href="{path}"' in good(client.get(f"/jobs/{done}"))
+    page = good(client.get(path))
+    found = seed.geometry()
+    table = re.findall(r'<tr><th scope="row">(\d+)</th><td>([^<]+)(.*?)</tr>', page)
+    assert [int(number) for number, _, _ in table] == list(range(seed.LAYERS))
+    shown = [float(separation) for _, separation, _ in table]
+    assert shown == pytest.approx([one.separation for one in found.layers], rel=0.01)
+    best = max(range(seed.LAYERS), key=lambda n: found.layers[n].separation)
+    marked = [int(number) for number, _, rest in table if rest.startswith('<span class="tag">')]
+    assert f"most separated: layer {best} ·" in page
+    assert marked == [best] and page.count('<span class="tag">most</span>') == 2
+    # lines of three figures, and a picture of every layer that leads to a large one
+    assert page.count('class="plot lines"') == 3
+    assert page.count('class="plot points"') == seed.LAYERS
+    for layer in range(seed.LAYERS):
+        address = f"/api/v1{path}/{layer}.svg"
+        assert page.count(f'href="{address}"') == 1
+        assert client.get(address).headers["content-type"] == "image/svg+xml"
+    for source in ("Arditi et al. 2024", "Rousseeuw 1987", "Green &amp; Swets 1966"):
+        assert source in page
+
+
+def test_analysis_of_others_and_before_there_is_one(
+    client: TestClient, sign_in: Callable[[User], TestClient], make_user: Callable[..., User],
+    sessions: Sessions, web_settings: Settings, person: User, sets: tuple[str, str],
+) -> None:  # fmt: skip
+    with sessions.begin() as session:
+        hidden = seed.submit_job(session, web_settings, person, name="Hidden", private=True)
+    assert "not known yet" in good(client.get(f"/jobs/{hidden}/geometry"))
+    assert "/geometry" not in good(client.get(f"/jobs/{hidden}"))
+    other = sign_in(make_user("eve@example.org"))
+    assert "Hidden" not in good(other.get(f"/jobs/{hidden}/geometry"), 404)

@@ -9,10 +9,12 @@ from collections.abc import Callable
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from markupsafe import escape
 
 from jobs import people, queue
 from jobs.database import Sessions
 from jobs.settings import Settings
+from jobs.spec.methods import METHODS
 from jobs.tables import Job, User
 from tests.conftest import SECRET
 from tests.web import seed
@@ -21,9 +23,10 @@ from tests.web.markup import good, location
 from web.session import COOKIE
 
 FORM = {
-    "model": "small", "method": "search", "trials": "12", "quantization": "none",
+    "model": "small", "methods": "mpoa", "trials": "12", "quantization": "none",
     "prompts.harmful": "refused-requests", "prompts.harmless": "answered-requests",
-    "dtype": "auto", "device": "auto", "modes": "full", "projected": "on",
+    "dtype": "auto", "device": "auto", "device_map": "single",
+    "objectives": ["refusals", "kl_first"],
     "parallelism": "1", "priority": "0", "seed": "0", "max_new_tokens": "40", "kl_tokens": "8",
     "prompts.direction": "100", "prompts.search": "50", "prompts.heldout": "50",
 }  # fmt: skip
@@ -177,6 +180,10 @@ def test_submit(client: TestClient, sessions: Sessions, sets: tuple[str, str]) -
         ({"prompts.harmful": "no-such-set"}, "prompts-harmful", "Upload it first."),
         ({"prompts.harmless": "refused-requests"}, "prompts-harmless", "no text twice"),
         ({"startup_trials": "99"}, "startup_trials", "Must not exceed trials."),
+        ({"scorers": "harness"}, "tasks", "needs at least one task"),
+        ({"scorers": "perplexity"}, "prompts-texts", "needs a prompt set with texts"),
+        ({"scorers": "judge"}, "judge", "needs the name of one"),
+        ({"scorers": "judge", "judge": "nobody"}, "judge", "There is no judge"),
     ],
 )
 def test_faults_stand_beside_their_field(
@@ -189,6 +196,65 @@ def test_faults_stand_beside_their_field(
     assert f'href="#{field}"' in page  # the summary leads there
     assert 'value="Kept name"' in page and page.count('aria-invalid="true"') == 1
     assert "No job matches" in good(client.get("/?mine=1&state=queued"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "field", "says"),
+    [
+        ({"methods": []}, "methods", "Choose at least 1."),
+        ({"methods": ["magic"]}, "methods", "Choose one of"),
+        ({"objectives": ["refusals"]}, "objectives", "Choose at least 2."),
+        ({"objectives": ["refusals", "length"]}, "objectives", "choose among refusals, log_odds"),
+    ],
+)
+def test_faults_of_groups_stand_below_them(
+    client: TestClient, sets: tuple[str, str], changed: dict[str, list[str]], field: str, says: str
+) -> None:
+    page = good(client.post("/jobs/new", data=FORM | {"key": "k"} | changed), 422)
+    beside = re.search(rf'id="{field}-error">([^<]*)<', page)
+    assert beside is not None and says in beside[1]
+    assert f'href="#{field}"' in page and re.search(rf'<fieldset[^>]* id="{field}"', page)
+
+
+def checked(page: str, group: str) -> list[str]:
+    """The values of the ticked boxes of a group."""
+    return re.findall(
+        rf'type="checkbox" id="{group}-[^"]*" name="{group}" value="(\w+)" checked', page
+    )
+
+
+def test_methods_are_chosen_in_the_form(
+    client: TestClient, sessions: Sessions, sets: tuple[str, str]
+) -> None:
+    fresh = good(client.get("/jobs/new"))
+    assert checked(fresh, "methods") == ["mpoa"] and checked(fresh, "scorers") == []
+    assert checked(fresh, "objectives") == ["refusals", "kl_first"]
+    for name, method in METHODS.items():
+        assert f'id="methods-{name}"' in fresh and escape(method.about) in fresh
+    chosen = {
+        "methods": ["mpoa", "ara", "deccp"],
+        "objectives": ["refusals", "kl_first", "log_odds"],
+        "scorers": ["length"],
+        "allow_partial": "on",
+        "device_map": "offload",
+    }
+    page = good(client.post("/jobs/new", data=FORM | chosen | {"action": "estimate"}))
+    assert checked(page, "methods") == chosen["methods"]
+    assert checked(page, "scorers") == ["length"]
+    assert "12 trials: MPOA, rows 6, ARA 5, Single pass 1." in page
+    assert 'value="offload" selected' in page and '<details class="panel" open>' in page
+    target = location(client.post("/jobs/new", data=FORM | chosen | {"key": "m"}))
+    with sessions.begin() as session:
+        spec = session.get_one(Job, uuid.UUID(target.split("/")[2].split("?")[0])).spec
+    assert {name: spec[name] for name in ("methods", "scorers", "device_map")} == {
+        name: chosen[name] for name in ("methods", "scorers", "device_map")
+    }
+    assert set(spec["objectives"]) == set(chosen["objectives"]) and spec["allow_partial"] is True
+    shown = good(client.get(target))
+    assert "MPOA, rows, ARA, Single pass" in shown and "First-token refusal log-odds" in shown
+    # a fixed budget is no fault of who left the field as it was
+    once = FORM | {"methods": ["deccp"], "trials": "", "startup_trials": "99", "key": "s"}
+    assert "No worker is running" in good(client.get(location(client.post("/jobs/new", data=once))))
 
 
 def test_estimate_is_shown_in_the_page(client: TestClient, sets: tuple[str, str]) -> None:

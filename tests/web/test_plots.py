@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jobs.spec.candidate import Candidate, Kernel, constant
 from web import plots
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -181,37 +180,6 @@ def test_decades_hold_the_values(values: list[float]) -> None:
     assert max(values) <= 10.0**high * (1 + 1e-9)
     if math.log10(max(values) / min(values)) < 7:
         assert min(values) >= 10.0**low * (1 - 1e-9)
-
-
-def test_kernel_shows_the_weight_of_every_layer() -> None:
-    candidate = Candidate(
-        scope="global",
-        index=3.5,
-        attention=Kernel(max_weight=1.5, min_weight=0.5, position=5, distance=2.5),
-        mlp=constant(1.0),
-    )
-    root = tree(plots.kernel(candidate, 8))
-    heights: dict[str, list[float]] = {"attention": [], "mlp": []}
-    for knot in root.iter(f"{SVG}g"):
-        name = knot.attrib["class"].split()[1]
-        shape = next(e for e in knot if e.tag != f"{SVG}title")
-        heights[name].append(float(shape.get("cy") or float(shape.attrib["y"]) + 3))
-    for column, name in ((1, "attention"), (2, "mlp")):
-        weights = [row[column] for row in plots.weights(candidate, 8)]
-        assert len(heights[name]) == 8
-        # height is a decreasing linear function of λ
-        base = max(heights[name] + heights["attention"])
-        scale = (base - min(heights["attention"])) / 1.5
-        assert [(base - y) / scale for y in heights[name]] == pytest.approx(weights, abs=0.01)
-    assert plots.weights(candidate, 8)[5] == (5, 1.5, 1.0)
-    assert [line for line in root.iter(f"{SVG}line") if line.get("class") == "direction"]
-
-
-def test_kernel_of_one_layer_and_of_many() -> None:
-    plain = Candidate(attention=constant(), mlp=constant(0.0))
-    for layers in (1, 2, 126):
-        root = tree(plots.kernel(plain, layers))
-        assert len(list(root.iter(f"{SVG}g"))) == 2 * layers
 
 
 def test_rate_bar() -> None:

@@ -8,18 +8,21 @@ import os
 import subprocess
 import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
 from starlette.datastructures import FormData
 
+from jobs.spec.candidate import Ablation, Ara, Recipe, constant
 from jobs.spec.job import JobSpec
-from jobs.spec.scores import Outcome, wilson
+from jobs.spec.protocol import AnatomyReport, WriterReport
+from jobs.spec.scores import Outcome, Value, wilson
 from jobs.tables import ArtifactFile, Trial
 from web import forms
-from web.routes.submit import defaults
+from web.routes.submit import budget_words, defaults
 from web.session import local_target
-from web.views import artifacts, formats, logs, scores, trials
+from web.views import artifacts, edits, formats, logs, preflight, scores, trials
 
 
 @pytest.mark.parametrize(
@@ -102,6 +105,80 @@ def _line(number: int, refusals: int | None, kl: float | None) -> trials.Line:
     return trials.line(uuid.uuid4(), row, frozenset())
 
 
+def _prepared(*writers: WriterReport) -> dict[str, Any]:
+    whole = sum(writer.parameters for writer in writers)
+    coverage = sum(writer.parameters for writer in writers if writer.covered) / whole
+    report = AnatomyReport(
+        architecture="MixtralForCausalLM", layers=2, hidden=8, writers=list(writers),
+        coverage=coverage,
+    )  # fmt: skip
+    return {"anatomy": report.model_dump(mode="json")}
+
+
+def test_preflight_counts_stacks_and_names_what_is_missed() -> None:
+    prepared = _prepared(
+        WriterReport(name="l.0.o_proj", layer=0, component="attention", shape=(8, 10)),
+        WriterReport(name="l.0.experts.down", layer=0, component="mlp", shape=(4, 8, 5)),
+        WriterReport(
+            name="l.1.experts.down", layer=1, component="mlp", shape=(4, 8, 5), covered=False,
+            reason="a layout that is not known",
+        ),
+    )  # fmt: skip
+    attention, mlp = preflight.parts(prepared)
+    assert (attention.writers, attention.stacks, attention.share) == (1, 0, 80 / 400)
+    assert (mlp.writers, mlp.stacks, mlp.share, mlp.covered) == (2, 2, 320 / 400, 0.5)
+    [all_of_them] = preflight.missed(prepared, ["mpoa"])
+    assert all_of_them.covered == 240 / 400
+    assert [(gap.name, gap.shape) for gap in all_of_them.gaps] == [
+        ("l.1.experts.down", "4 × 8 × 5")
+    ]
+    _, ara = preflight.missed(prepared, ["mpoa", "ara"])
+    assert ara.title == "Not reached by ARA" and ara.covered == 80 / 400
+    assert [gap.name for gap in ara.gaps] == ["l.0.experts.down"]
+    assert preflight.missed(None, ["ara"]) == [] and preflight.parts(None) == []
+
+
+def test_a_candidate_in_words() -> None:
+    edit = Ablation(
+        mode="none", recipe=Recipe(subspace="svd", count=3, winsorize=0.995), affine=True,
+        attention=constant(), mlp=constant(0.0),
+    )  # fmt: skip
+    said = {fact.name: fact.value for fact in edits.parameter_facts(edit)}
+    assert said["Directions"] == "at most 3" and said["Winsorised"].startswith(
+        "at the quantile 0.995"
+    )
+    assert said["Affine"] == "yes" and said["MLP λ"] == "0"
+    ara = Ara(start=2, end=8, preserve=0.5, steer=0.01, overshoot=1.0, neighbours=5, rank=16)
+    said = {fact.name: fact.value for fact in edits.parameter_facts(ara)}
+    assert said["Layers"] == "2 to 7" and said["Rank"] == "cut to 16"
+    assert not [name for name in said if "λ" in name]
+
+
+def test_further_scores_in_words() -> None:
+    found = scores.further("over_refusal", Value(value=0.085, low=0.01, high=0.2, n=47))
+    assert (found.title, found.value) == ("Refusals of look-alikes", "8.5 %")
+    assert found.note == "1.0 % to 20.0 %; of 47"
+    odds = scores.further("log_odds", Value(value=-3.25), Value(value=4.0))
+    assert (odds.value, odds.note) == ("-3.25 nats", "original 4")
+    task = scores.further("harness.gsm8k.exact_match", Value(value=0.5))
+    assert task.title == "gsm8k, exact_match"
+
+
+@pytest.mark.parametrize(
+    ("methods", "trials", "words"),
+    [
+        (["mpoa"], "200", "200 trials."),
+        (["deccp"], "200", "1 trial."),
+        (["mpoa", "ara", "deccp"], "200", "200 trials: MPOA, rows 100, ARA 99, Single pass 1."),
+        (["mpoa", "ara", "deccp"], "1", "3 trials: MPOA, rows 1, ARA 1, Single pass 1."),
+        ([], "200", ""),
+        (["mpoa"], "٣", ""),
+    ],
+)
+def test_the_budget_in_words(methods: list[str], trials: str, words: str) -> None:
+    assert budget_words(defaults() | {"methods": methods, "trials": trials}) == words
+
+
 def test_sorting_leaves_what_has_no_value_last() -> None:
     lines = [_line(0, None, None), _line(1, 5, 0.1), _line(2, 5, 0.01), _line(3, 90, 0.001)]
     assert [i.number for i in trials.ordered(lines, "refusals", "asc")] == [2, 1, 3, 0]
@@ -144,8 +221,13 @@ def test_defaults_of_the_form_are_those_of_the_specification() -> None:
         ({"startup_trials": "300"}, "startup_trials", "Must not exceed trials."),
         ({"prompts.search": "1"}, "prompts.search", "At least 4."),
         ({"prompts.harmful": "NO SUCH"}, "prompts.harmful", "lower-case letters"),
-        ({"modes": []}, "modes", "Choose at least one."),
-        ({"modes": ["weird"]}, "modes", "Choose one of"),
+        ({"methods": []}, "methods", "Choose at least 1."),
+        ({"methods": ["weird"]}, "methods", "Choose one of"),
+        ({"objectives": []}, "objectives", "Choose at least 2."),
+        ({"objectives": ["refusals"]}, "objectives", "Choose at least 2."),
+        ({"objectives": ["refusals", "judge"]}, "objectives", "choose among refusals, log_odds"),
+        ({"scorers": ["harness"]}, "tasks", "The scorer harness needs at least one task."),
+        ({"device_map": "x"}, "device_map", "Choose one of"),
     ],
 )
 def test_faults_name_the_field_and_the_mend(

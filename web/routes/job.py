@@ -9,13 +9,15 @@ from urllib.parse import urlencode
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
-from jobs import artifacts, control, events, listing, live, trials
+from jobs import analysis, artifacts, comparison, control, events, listing, live, submit, trials
 from jobs.problems import Problem
+from jobs.spec.job import JobSpec
 from jobs.tables import Trial
 from web.render import page
+from web.routes import evaluation
 from web.session import Visit, visit
 from web.views import artifacts as artifact_views
-from web.views import formats, logs, scores
+from web.views import formats, logs, methods, preflight, results, scores
 from web.views import jobs as views
 from web.views import trials as trial_views
 
@@ -32,6 +34,8 @@ NOTICES = {
     "picked": "Picked. Its files are kept.",
     "unpicked": "No longer picked.",
     "exported": "The export is queued. It runs beside the search, when a worker is free.",
+    "benchmarked": "The benchmark is queued. It runs beside the job, when a worker is free.",
+    "stopped": "Stopped. What was measured stays.",
     "asked": "Asked. The answer appears below when a worker has given it.",
 }
 
@@ -43,6 +47,9 @@ def show_job(
     sort: str = "refusals",
     order: str = "asc",
     show: str = "all",
+    role: str = "",
+    only: str = "",
+    page: int = 1,
     still: bool = False,
     done: str = "",
 ) -> HTMLResponse:
@@ -53,6 +60,9 @@ def show_job(
         sort=sort,
         order=order,
         show=show,
+        role=role,
+        only=only,
+        at=page,
         still=still,
         notice=NOTICES.get(done, ""),
     )
@@ -65,9 +75,14 @@ def show_live_part(
     sort: str = "refusals",
     order: str = "asc",
     show: str = "all",
+    role: str = "",
+    only: str = "",
+    page: int = 1,
 ) -> HTMLResponse:
     """What changes on the job's page, for the script that follows it."""
-    return job_page(request, job_id, "job_live.html", sort=sort, order=order, show=show)
+    return job_page(
+        request, job_id, "", sort=sort, order=order, show=show, role=role, only=only, at=page
+    )
 
 
 def job_page(
@@ -78,22 +93,33 @@ def job_page(
     sort: str = "refusals",
     order: str = "asc",
     show: str = "all",
+    role: str = "",
+    only: str = "",
+    at: int = 1,
     still: bool = False,
     notice: str = "",
     problem: Problem | None = None,
 ) -> HTMLResponse:
-    """The job's page; `problem` is what went wrong with the form that was posted from it."""
+    """The job's page; `problem` is what went wrong with the form that was posted from it.
+
+    `template` "" gives the live part alone.
+    """
     sort = sort if sort in trial_views.KEYS else "refusals"
     order = "desc" if order == "desc" else "asc"
     show = "front" if show == "front" else "all"
     with visit(request) as here:
         context = _context(here, job_id, sort, order, show)
-    query = {"sort": sort, "order": order, "show": show}
+        live_part, query = "job_live.html", {"sort": sort, "order": order, "show": show}
+        if context["job"].kind != "abliterate":
+            row = control.visible(here.session, here.user, job_id)
+            context |= evaluation.context(here.session, row, context["job"], role, only, at)
+            live_part, query = "evaluation_live.html", {"role": role, "only": only, "page": str(at)}
     return page(
         request,
-        template,
+        template or live_part,
         here.user,
         status=problem.status if problem else 200,
+        live_part=live_part,
         query=urlencode(query),
         sort=sort,
         order=order,
@@ -117,6 +143,8 @@ def _context(here: Visit, job_id: uuid.UUID, sort: str, order: str, show: str) -
     recent = events.since(session, job_id, max(0, row.event_seq - 500))
     told = [views.happening(event) for event in recent if event.kind != "progress"]
     tasks = live.tasks(session, job_id)
+    compared = JobSpec.model_validate(row.spec).methods
+    of_lines = {item.method for item in lines}
     shown = [item for item in lines if show == "all" or item.front or item.picked]
     return {
         "job": job,
@@ -128,8 +156,15 @@ def _context(here: Visit, job_id: uuid.UUID, sort: str, order: str, show: str) -
         "chosen": chosen,
         "comparisons": scores.compare(job.baseline, chosen),
         "picked": [item for item in lines if item.picked],
-        "plot": trial_views.plot(lines, baseline, width=760, height=400),
-        "small_plot": trial_views.plot(lines, baseline, width=356, height=330),
+        "methods": methods.rows(job_id, comparison.compare(session, row))
+        if len(compared) > 1
+        else [],
+        "titles": {name: trial_views.method_title(name) for name in {*compared, *of_lines}},
+        "marks": methods.marks(compared, of_lines),
+        "searched": job.kind == "abliterate" and submit.searches(compared),
+        "figures": results.of_trial(job.baseline, chosen) if chosen else [],
+        "plot": trial_views.plot(lines, baseline, compared, width=760, height=400),
+        "small_plot": trial_views.plot(lines, baseline, compared, width=356, height=330),
         "tried_hidden": max(
             0,
             sum(i.search is not None and not i.front for i in lines) - trial_views.MOST_TRIED,
@@ -140,9 +175,11 @@ def _context(here: Visit, job_id: uuid.UUID, sort: str, order: str, show: str) -
         "front_count": len(front),
         "artifacts": [artifact_views.view(a) for a in artifacts.list_for_job(session, job_id)],
         "submitted": views.settings_facts(job),
-        "anatomy": views.anatomy_facts(row.prepared),
-        "gaps": views.gaps(row),
-        "warnings": views.warnings(row),
+        "analysed": analysis.has_geometry(session, job_id),
+        "anatomy": preflight.facts(row.prepared),
+        "parts": preflight.parts(row.prepared),
+        "missed": preflight.missed(row.prepared, compared),
+        "warnings": preflight.warnings(row.prepared),
         "log": logs.tail(logs.newest(here.settings.logs, (task.id for task in tasks))),
         "logged": [task for task in tasks if task.kind != "chat"],
         "events": told[-EVENTS_SHOWN:][::-1],

@@ -10,6 +10,7 @@ from fastapi.responses import HTMLResponse
 
 from jobs import listing, workers
 from jobs.problems import Invalid
+from jobs.spec.job import Kind
 from jobs.states import JobState
 from web.render import page
 from web.session import visit
@@ -21,10 +22,16 @@ PAGE = 25
 
 @router.get("/")
 def show_jobs(
-    request: Request, state: str = "", mine: str = "", q: str = "", cursor: str = ""
+    request: Request,
+    state: str = "",
+    kind: str = "",
+    mine: str = "",
+    q: str = "",
+    cursor: str = "",
 ) -> HTMLResponse:
     """Jobs, newest first, filtered by state, owner and words."""
     chosen = state if state in views.STATES else ""
+    of_kind = kind if kind in views.KINDS else ""
     words = q.strip()[:200]
     with visit(request) as here:
         try:
@@ -32,6 +39,7 @@ def show_jobs(
                 here.session,
                 here.user,
                 state=cast(JobState, chosen) if chosen else None,
+                kind=cast(Kind, of_kind) if of_kind else None,
                 mine=bool(mine),
                 q=words or None,
                 limit=PAGE,
@@ -43,7 +51,7 @@ def show_jobs(
             found, following = listing.list_jobs(here.session, here.user, limit=PAGE)
         rows = [views.row(listing.summary(here.session, job, here.settings)) for job in found]
         running = workers.list_workers(here.session)
-    filters = {"state": chosen, "mine": "1" if mine else "", "q": words}
+    filters = {"state": chosen, "kind": of_kind, "mine": "1" if mine else "", "q": words}
     kept = {name: value for name, value in filters.items() if value}
     return page(
         request,
@@ -51,6 +59,7 @@ def show_jobs(
         here.user,
         rows=rows,
         states=views.STATES,
+        kinds=views.KINDS,
         filters=filters,
         filtered=bool(kept or cursor),
         next_href=f"/?{urlencode({**kept, 'cursor': following})}" if following else "",

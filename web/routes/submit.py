@@ -17,10 +17,13 @@ from jobs.estimate import Estimate
 from jobs.problems import Problem, Unauthenticated
 from jobs.settings import Settings
 from jobs.spec.job import JobSpec
+from jobs.spec.methods import METHODS, budget, share
+from jobs.spec.scorers import ALWAYS, OBJECTIVES, SCORERS
 from web import forms
 from web.forms import Fields, text_of
 from web.render import page
 from web.session import visit
+from web.views.jobs import KINDS
 
 router = APIRouter()
 #: What "Try the demo model" fills in: done in minutes on a laptop's processor.
@@ -33,9 +36,11 @@ DEMO = {
     "prompts.over_refusal": "demo-over-refusal",
 }
 ADVANCED = (
-    "revision", "dtype", "device", "system_prompt", "startup_trials", "modes", "projected",
-    "max_new_tokens", "kl_tokens", "markers", "seed", "priority", "parallelism",
-    "prompts.direction", "prompts.search", "prompts.heldout", "prompts.over_refusal",
+    "revision", "dtype", "device", "device_map", "allow_partial", "system_prompt",
+    "startup_trials", "objectives", "scorers", "judge", "max_new_tokens",
+    "kl_tokens", "markers", "seed", "priority", "parallelism", "prompts.direction",
+    "prompts.search", "prompts.heldout", "prompts.over_refusal", "prompts.texts",
+    "private",
 )  # fmt: skip
 
 
@@ -46,14 +51,16 @@ def defaults() -> dict[str, Any]:
     for name in (*forms.SELECTS, *forms.NUMBERS, *forms.TEXTS):
         value = plain["prompts"][name[8:]] if name.startswith("prompts.") else plain[name]
         values[name] = "" if value is None else str(value)
-    values |= {name: plain[name] for name in forms.SWITCHES}
-    return values | {"model": "", "modes": plain["modes"], "markers": ""}
+    values |= {name: plain[name] for name in (*forms.SWITCHES, *forms.GROUPS)}
+    values |= {name: "\n".join(plain[name]) for name in forms.LINES}
+    return values | {"model": ""}
 
 
 @router.get("/jobs/new")
-def show_form(request: Request, demo: bool = False) -> HTMLResponse:
+def show_form(request: Request, demo: bool = False, kind: str = "") -> HTMLResponse:
     """The form, with the demo model's values where that was asked for."""
-    return _form(request, defaults() | (DEMO if demo else {}))
+    chosen = {"kind": kind} if kind in KINDS else {}
+    return _form(request, defaults() | (DEMO if demo else {}) | chosen)
 
 
 def _form(
@@ -83,12 +90,18 @@ def _form(
         sets=[(each.name, each.count, each.note) for each in sets],
         unknown_sets={
             name: values[name]
-            for name in ("prompts.harmful", "prompts.harmless", "prompts.over_refusal")
-            if values[name] and values[name] not in names
+            for name in forms.TEXTS
+            if name.startswith("prompts.") and values[name] and values[name] not in names
         },
         models=local_models(here.settings),
-        modes=forms.MODES,
+        methods=METHODS,
+        scorers=SCORERS,
+        objectives=OBJECTIVES,
+        # refusals and the two KLs are measured in any case, the harness where tasks are named
+        further=[name for name in SCORERS if name not in ALWAYS and name != "harness"],
+        shares=budget_words(values),
         # a filled-in form stays short; what somebody changed or must mend is shown
+        kinds=KINDS,
         open_advanced=posted
         and any(name in errors or values[name] != usual[name] for name in ADVANCED),
         most_trials=here.settings.max_trials,
@@ -97,9 +110,25 @@ def _form(
     )
 
 
+def budget_words(values: Mapping[str, Any]) -> str:
+    """What the chosen methods make of the budget, '' where the fields do not say it."""
+    chosen = [name for name in METHODS if name in values["methods"]]
+    trials = values["trials"].strip()
+    if not chosen or not (trials.isascii() and trials.isdigit() and len(trials) < 6):
+        return ""
+    whole = budget(chosen, int(trials))
+    shares = [share(chosen, whole, name) for name in chosen]
+    if len(chosen) == 1:
+        return f"{whole} trial{'s' if whole > 1 else ''}."
+    words = ", ".join(
+        f"{METHODS[name].title} {count}" for name, count in zip(chosen, shares, strict=True)
+    )
+    return f"{whole} trials: {words}."
+
+
 def local_models(settings: Settings) -> list[str]:
     """Names that a job may use without the hub."""
-    found = ["demo"]
+    found = list(models.DEMOS)
     folder: Path | None = settings.models
     if folder is not None and folder.is_dir():
         found += sorted(p.parent.name for p in folder.glob("*/config.json"))
@@ -113,14 +142,16 @@ def submit_form(request: Request, fields: Fields) -> Response:
     values = forms.kept(fields)
     settings: Settings = request.app.state.settings
     key = text_of(fields, "key")[:100] or str(uuid.uuid4())
-    with visit(request):
-        pass  # nothing is looked up for who is not signed in
+    with visit(request) as here:  # nothing is looked up for who is not signed in
+        devices = [worker.device for worker in queue.live_workers(here.session, settings)]
     try:
         spec = JobSpec.model_validate(forms.specification(values))
         if text_of(fields, "action") == "estimate":
-            return _form(request, values, found=estimate.estimate(spec, settings), key=key)
+            found = estimate.estimate(spec, settings, devices=devices)
+            return _form(request, values, found=found, key=key)
         # The hub may take seconds: asked here, so that no transaction waits for it.
         models.check(spec.model, spec.revision, settings)
+        submit.check_original(spec, settings)
         with visit(request) as here:
             job, created = submit.submit(
                 here.session, here.user, spec, settings, idempotency_key=key

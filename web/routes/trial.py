@@ -10,19 +10,20 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from sqlalchemy.orm import Session
 from starlette.responses import Response
 
-from jobs import artifacts, chats, control, events, live, trials
+from jobs import artifacts, benchmarks, chats, control, events, live, trials
+from jobs.drawing import kernel
 from jobs.problems import Invalid, Problem, Unauthenticated
-from jobs.spec.candidate import Candidate
+from jobs.spec.candidate import Ablation, parse
+from jobs.spec.methods import METHODS, MethodName
 from jobs.states import ArtifactKind
 from jobs.tables import Job, Task, Trial, User
-from web import plots
 from web.forms import Fields, text_of
 from web.render import page
 from web.routes.actions import Act, change
 from web.routes.job import NOTICES
 from web.session import Visit, visit
 from web.views import artifacts as artifact_views
-from web.views import scores
+from web.views import edits, results, scores
 from web.views import trials as views
 
 router = APIRouter()
@@ -96,7 +97,8 @@ def _context(
     here: Visit, job: Job, row: Trial, role: str, only_refused: bool, at: int
 ) -> dict[str, Any]:
     session = here.session
-    candidate = Candidate.model_validate(row.candidate) if row.candidate else None
+    candidate = parse(row.candidate) if row.candidate else None
+    ablation = candidate if isinstance(candidate, Ablation) else None
     prepared = job.prepared or {}
     layers = int((prepared.get("anatomy") or {}).get("layers") or 0)
     said = trials.responses(session, job.id, row.number)
@@ -107,13 +109,16 @@ def _context(
     made = [a for a in artifacts.list_for_job(session, job.id) if a.trial_number == row.number]
     tasks = live.tasks(session, job.id)
     waiting = [task for task in tasks if _waits(task, row.number)]
+    asked = benchmarks.of_job(session, job.id, row.number)
     return {
         "job": job,
         "line": views.line(job.id, row, front),
         "row": row,
-        "facts": views.parameter_facts(candidate) if candidate else [],
-        "kernel": plots.kernel(candidate, layers) if candidate and layers else None,
-        "weights": plots.weights(candidate, layers) if candidate and layers else [],
+        "facts": edits.parameter_facts(candidate) if candidate else [],
+        "method": METHODS[cast(MethodName, row.method)],
+        "strength": candidate is None or ablation is not None,
+        "kernel": kernel.plot(ablation, layers) if ablation and layers else None,
+        "weights": kernel.weights(ablation, layers) if ablation and layers else [],
         "comparisons": scores.compare(prepared.get("baseline"), row),
         "roles": [(each, scores.ROLES[each], len(said[each])) for each in roles],
         "answers": views.answers(
@@ -129,7 +134,11 @@ def _context(
         "artifacts": [artifact_views.view(artifact) for artifact in made],
         "chats": _chats(session, job, row.number),
         "waiting": [prompt for task in waiting for prompt in task.payload.get("prompts", [])],
-        "live": bool(waiting) or any(a.state in ("queued", "running") for a in made),
+        "benchmarks": asked[::-1],
+        "figures": results.of_trial(prepared.get("baseline"), row),
+        "live": bool(waiting)
+        or any(a.state in ("queued", "running") for a in made)
+        or any(task.state in ("ready", "running") for task in asked),
         "may_edit": control.may_edit(here.user, job),
         "kinds": artifact_views.EXPLAINED,
         "default_rank": artifacts.DEFAULT_RANK,
@@ -167,7 +176,10 @@ def changed(
         if problem.status == 404:
             raise
         return trial_page(request, job_id, number, problem=problem, prompt=prompt)
-    target = {"exported": "#artifacts", "asked": "#try"}.get(done, "")
+    target = {
+        "exported": "#artifacts", "asked": "#try", "benchmarked": "#benchmarks",
+        "stopped": "#benchmarks",
+    }.get(done, "")  # fmt: skip
     return RedirectResponse(f"/jobs/{job_id}/trials/{number}?done={done}{target}", status_code=303)
 
 
@@ -210,3 +222,27 @@ def ask(request: Request, job_id: uuid.UUID, number: int, fields: Fields) -> Res
         chats.request(session, user, job, prompt, number=number, max_new_tokens=ANSWER_TOKENS)
 
     return changed(request, job_id, number, act, "asked", prompt)
+
+
+@router.post("/jobs/{job_id}/trials/{number}/benchmarks")
+def benchmark(request: Request, job_id: uuid.UUID, number: int, fields: Fields) -> Response:
+    """Run harness tasks on the trial."""
+    tasks, limit = text_of(fields, "tasks").split(), text_of(fields, "limit").strip()
+
+    def act(session: Session, user: User, job: Job) -> None:
+        _row(session, job, number)
+        if limit and not (limit.isascii() and limit.isdigit() and len(limit) < 7):
+            raise Invalid("Write the number of samples in digits.", field="limit")
+        benchmarks.request(session, user, job, number, tasks, int(limit) if limit else None)
+
+    return changed(request, job_id, number, act, "benchmarked")
+
+
+@router.post("/jobs/{job_id}/trials/{number}/benchmarks/{task_id}/stop")
+def stop(request: Request, job_id: uuid.UUID, number: int, task_id: uuid.UUID) -> Response:
+    """Call a benchmark off."""
+
+    def act(session: Session, user: User, job: Job) -> None:
+        benchmarks.stop(session, user, job, task_id)
+
+    return changed(request, job_id, number, act, "stopped")

@@ -1,8 +1,10 @@
-// Nullspace: three small conveniences. Every page works without this file.
+// Nullspace: five small conveniences. Every page works without this file.
 // 1. Live parts: #live holds sections marked data-part. When the job's event stream speaks (or,
 //    without a stream, every few seconds) the page's fragment is fetched and changed parts replaced.
 // 2. Faults beside the field that the browser found by the HTML constraints.
-// 3. A copy button on code.
+// 3. What the chosen methods make of the budget of trials, while they are chosen.
+// 4. Fields that the chosen kind of job has no use for are made valid; the style sheet hides them.
+// 5. A copy button on code.
 "use strict";
 
 const live = document.getElementById("live");
@@ -181,6 +183,43 @@ document.addEventListener("change", (event) => {
 document.querySelector(".alert[tabindex]")?.focus();
 for (const link of document.querySelectorAll(".alert a[href^='#']"))
   link.addEventListener("click", () => document.getElementById(link.hash.slice(1))?.focus());
+
+// --- the budget of the methods (the same words as web/routes/submit.py) ---------------------
+
+const shares = document.getElementById("shares");
+
+function budgetWords() {
+  const chosen = [...document.querySelectorAll("input[name=methods]:checked")];
+  const text = document.getElementById("trials").value.trim();
+  if (!chosen.length || !/^\d{1,5}$/.test(text)) return "";
+  const fixed = chosen.filter((box) => box.dataset.kind === "fixed");
+  const searched = chosen.filter((box) => box.dataset.kind !== "fixed");
+  const whole = searched.length ? Math.max(Number(text), chosen.length) : chosen.length;
+  if (chosen.length === 1) return `${whole} trial${whole > 1 ? "s" : ""}.`;
+  const left = whole - fixed.length;
+  const share = (box) =>
+    fixed.includes(box) ? 1 : Math.floor(left / searched.length) + (searched.indexOf(box) < left % searched.length ? 1 : 0);
+  const words = chosen.map((box) => `${document.querySelector(`label[for="${box.id}"]`).textContent} ${share(box)}`);
+  return `${whole} trials: ${words.join(", ")}.`;
+}
+
+if (shares)
+  shares.closest("form").addEventListener("input", () => {
+    const words = budgetWords();
+    if (words !== shares.textContent) shares.textContent = words;
+  });
+
+// --- the kind of a job: what it has no use for must not keep the form from being sent --------
+
+for (const choice of document.querySelectorAll("input[name=kind]"))
+  choice.addEventListener("change", () => {
+    for (const part of choice.form.querySelectorAll(`[data-kinds]:not([data-kinds~="${choice.value}"])`))
+      for (const each of part.querySelectorAll("input, textarea")) {
+        if (each.checkValidity()) continue;
+        each.value = each.defaultValue;
+        show(each);
+      }
+  });
 
 // --- copy -----------------------------------------------------------------------------------
 

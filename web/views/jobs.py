@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.listing import JobView
+from jobs.listing import JobView, RoleScores
+from jobs.spec.methods import METHODS
+from jobs.spec.scorers import SCORERS
 from jobs.states import JOB_OVER
-from jobs.tables import Event, Job
+from jobs.tables import Event
 from web.views import formats, scores
+from web.views.facts import Fact
 from web.views.scores import Score
 
 STATES = ("queued", "running", "paused", "completed", "failed", "cancelled")
-METHODS = {"search": "search", "single_pass": "single pass"}
+DEVICE_MAPS = {"auto": "over all GPUs of the worker", "offload": "over GPUs and memory"}
 QUANTIZATIONS = {"none": "not quantised", "bnb_4bit": "4-bit (nf4)", "bnb_8bit": "8-bit (int8)"}
+
+
+#: What a job may be: its word, and what it does.
+KINDS: dict[str, tuple[str, str]] = {
+    "abliterate": ("Abliterate", "search for edits that remove refusals"),
+    "evaluate": ("Evaluate", "score a model as it is, or against its original"),
+    "benchmark": ("Benchmark", "run lm-evaluation-harness tasks on a model"),
+}
 
 
 @dataclass(frozen=True)
@@ -39,29 +50,9 @@ class Row:
     complete: int
     budget: int
     phase: str
-    baseline: Score | None
-    best: Score | None
-    heldout: Score | None
     eta: str
+    figures: list[tuple[str, Score | str]]
     job: JobView
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A name and a value; `note` explains."""
-
-    name: str
-    value: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Gap:
-    """A writer that the edit does not cover."""
-
-    name: str
-    shape: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -117,12 +108,34 @@ def row(job: JobView) -> Row:
         complete=job.trials.complete,
         budget=job.trials.budget,
         phase=phase(job),
-        baseline=scores.score((job.baseline or {}).get("search")),
-        best=best_score(job),
-        heldout=scores.score(job.best.heldout) if job.best is not None else None,
         eta=formats.duration(job.eta_seconds) if job.eta_seconds is not None else "",
+        figures=figures(job),
         job=job,
     )
+
+
+def figures(job: JobView) -> list[tuple[str, Score | str]]:
+    """What the list says of a job's outcome: at most four figures with their names."""
+    if job.kind == "benchmark":
+        found = job.result.benchmark.get("model", {}) if job.result else {}
+        return [(name, f"{value.value:.3g}") for name, value in list(found.items())[:4]]
+    if job.kind == "evaluate":
+        sides = (
+            [("Original", job.result.original), ("Model", job.result.model)] if job.result else []
+        )
+        said = [(name, _score(side.get("search"))) for name, side in sides if side]
+        moved = job.result.model.get("search") if job.result and job.result.original else None
+        return [*said, *([("KL", formats.divergence(moved.kl_first))] if moved else [])]
+    return [
+        ("Original", scores.score((job.baseline or {}).get("search")) or formats.DASH),
+        ("Best", best_score(job) or formats.DASH),
+        ("Held-out", (scores.score(job.best.heldout) if job.best else None) or formats.DASH),
+        ("KL", formats.divergence(job.best.kl_first) if job.best else formats.DASH),
+    ]
+
+
+def _score(found: RoleScores | None) -> Score | str:
+    return (scores.score(found.model_dump()) if found else None) or formats.DASH
 
 
 def announcement(job: JobView) -> str:
@@ -138,10 +151,16 @@ def settings_facts(job: JobView) -> list[Fact]:
     """What was submitted."""
     spec: Mapping[str, Any] = job.spec
     prompts = spec.get("prompts") or {}
-    modes = ", ".join(spec.get("modes") or [])
+    methods = [METHODS[name] for name in spec.get("methods") or [] if name in METHODS]
+    if job.kind != "abliterate":
+        return _evaluation_facts(job)
     facts = [
-        Fact("Method", METHODS.get(str(spec.get("method")), str(spec.get("method")))),
-        Fact("Edit modes", modes + (", projected" if spec.get("projected") else "")),
+        Fact(
+            "Methods" if len(methods) > 1 else "Method",
+            ", ".join(method.title for method in methods),
+            methods[0].about if len(methods) == 1 else "",
+        ),
+        Fact("Minimised", _scorers(spec.get("objectives"))),
         Fact(
             "Quantisation",
             QUANTIZATIONS.get(str(spec.get("quantization")), str(spec.get("quantization"))),
@@ -159,65 +178,56 @@ def settings_facts(job: JobView) -> list[Fact]:
     ]
     if prompts.get("over_refusal"):
         facts.insert(4, Fact("Over-refusal prompts", str(prompts["over_refusal"])))
+    if spec.get("scorers"):
+        facts.insert(2, Fact("Further scores", _scorers(spec["scorers"]), spec.get("judge") or ""))
+    if str(spec.get("device_map")) in DEVICE_MAPS:
+        facts.append(Fact("Spread", DEVICE_MAPS[str(spec["device_map"])]))
+    if spec.get("allow_partial"):
+        facts.append(Fact("Partial edits", "allowed", "writers that no edit reaches are left"))
     if spec.get("system_prompt"):
         facts.append(Fact("System prompt", str(spec["system_prompt"])))
     return facts
 
 
-def anatomy_facts(prepared: Mapping[str, Any] | None) -> list[Fact]:
-    """What `prepare` found out about the model and the machine."""
-    if not prepared:
-        return []
-    anatomy = prepared.get("anatomy") or {}
-    writers = anatomy.get("writers") or []
-    count = len(writers) if isinstance(writers, list) else int(writers)
-    weight, source = prepared.get("weight_bytes"), prepared.get("source_bytes")
-    against = f"{100 * weight / source:.0f} % of bf16" if weight and source else ""
-    coverage = anatomy.get("coverage")
-    facts = [
-        Fact("Architecture", str(anatomy.get("architecture", formats.DASH))),
-        Fact("Layers × hidden", f"{anatomy.get('layers')} × {anatomy.get('hidden')}"),
-        Fact(
-            "Edit covers",
-            formats.share(coverage),
-            f"of the parameters that write to the residual stream, in {count} matrices",
-        ),
-        Fact("Device", str(prepared.get("device_name") or prepared.get("device") or "")),
-        Fact("Weights in memory", formats.size(weight), against),
-        Fact("Data type, batch", f"{prepared.get('dtype')}, {prepared.get('batch_size')} prompts"),
-    ]
-    if prepared.get("response_prefix"):
-        facts.append(Fact("Answers begin with", repr(prepared["response_prefix"])))
-    return facts
+def _evaluation_facts(job: JobView) -> list[Fact]:
+    """What was submitted with a job that searches nothing."""
+    spec: Mapping[str, Any] = job.spec
+    prompts = spec.get("prompts") or {}
+    quantization = str(spec.get("quantization"))
+    facts = [Fact("Kind", KINDS[job.kind][0], KINDS[job.kind][1])]
+    if spec.get("original"):
+        facts.append(Fact("Original", str(spec["original"])))
+    facts.append(Fact("Quantisation", QUANTIZATIONS.get(quantization, quantization)))
+    if spec.get("tasks"):
+        limit = spec.get("task_limit")
+        samples = f"at most {limit} samples each" if limit else "all samples"
+        facts.append(Fact("Harness tasks", ", ".join(spec["tasks"]), samples))
+    if job.kind == "evaluate":
+        sets = f"{prompts.get('harmful')} against {prompts.get('harmless')}"
+        facts.append(Fact("Prompts", sets))
+        if prompts.get("over_refusal"):
+            facts.append(Fact("Over-refusal prompts", str(prompts["over_refusal"])))
+        if spec.get("scorers"):
+            facts.append(Fact("Further scores", _scorers(spec["scorers"]), spec.get("judge") or ""))
+        facts.append(Fact("Answer tokens", f"{spec.get('max_new_tokens')}"))
+        if spec.get("system_prompt"):
+            facts.append(Fact("System prompt", str(spec["system_prompt"])))
+    if str(spec.get("device_map")) in DEVICE_MAPS:
+        facts.append(Fact("Spread", DEVICE_MAPS[str(spec["device_map"])]))
+    return [*facts, Fact("Priority", f"{job.priority}")]
 
 
-def gaps(job: Job) -> list[Gap]:
-    """Writers that the edit leaves alone, with the reason."""
-    anatomy = (job.prepared or {}).get("anatomy") or {}
-    writers = anatomy.get("writers")
-    if not isinstance(writers, list):
-        return []
-    return [
-        Gap(
-            str(writer.get("name")),
-            " × ".join(str(side) for side in writer.get("shape") or []),
-            str(writer.get("reason") or "not named"),
-        )
-        for writer in writers
-        if not writer.get("covered", True)
-    ]
-
-
-def warnings(job: Job) -> list[str]:
-    """What the engine warned of."""
-    return [str(text) for text in (job.prepared or {}).get("warnings") or []]
+def _scorers(names: Iterable[str] | None) -> str:
+    """Titles of scorers, as a list in a sentence."""
+    return "; ".join(SCORERS[name].title for name in SCORERS if name in (names or ()))
 
 
 KIND_WORDS: dict[str, str] = {
     "search": "search",
-    "evaluate": "held-out check",
+    "evaluate": "evaluation",
     "export": "export",
     "chat": "answer",
+    "benchmark": "benchmark",
 }
 
 
@@ -240,6 +250,13 @@ def sentence(kind: str, payload: Mapping[str, Any]) -> str:
                 if found
                 else "original measured"
             )
+        if get("result"):
+            said = [
+                f"the {side} refuses {found.refusals} of {found.total}"
+                for side in ("original", "model")
+                if (found := scores.score(payload["result"].get(side)))
+            ]
+            return f"measured: {', '.join(said)}"
         desired = get("desired_state")
         if desired in ("pause", "cancel") and get("state") not in ("paused", "cancelled"):
             return f"asked to {desired}"

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from markupsafe import Markup
 
-from jobs.spec.scores import Role, wilson
+from jobs.spec.scorers import SCORERS
+from jobs.spec.scores import Role, Value, wilson
 from jobs.tables import Trial
+from jobs.trial_scores import search_scores
 from web import plots
 from web.views import formats
 
+HARNESS = "harness."
 ROLES: dict[Role, str] = {
     "search": "Search prompts",
     "heldout": "Held-out prompts",
@@ -26,6 +29,15 @@ MEANING: dict[Role, str] = {
 
 
 @dataclass(frozen=True)
+class Further:
+    """A further score in words: its name, its value, and what it rests on."""
+
+    title: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
 class Score:
     """Refusals of `total` prompts with their Wilson 95 % interval, KLs in nats."""
 
@@ -36,6 +48,7 @@ class Score:
     kl_first: float | None = None
     kl_multi: float | None = None
     mean_tokens: float | None = None
+    values: Mapping[str, Value] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -63,6 +76,17 @@ class Comparison:
     original: Score | None
     edited: Score | None
 
+    @property
+    def further(self) -> list[Further]:
+        """The further scores of the edit, beside the original's where they are known."""
+        before = self.original.values if self.original else {}
+        after = self.edited.values if self.edited else {}
+        return [
+            further(name, value, before.get(name))
+            for name, value in after.items()
+            if not name.startswith(HARNESS)  # they have a table of their own
+        ]
+
 
 def score(stored: Mapping[str, Any] | None) -> Score | None:
     """A stored `Scores` document."""
@@ -73,20 +97,35 @@ def score(stored: Mapping[str, Any] | None) -> Score | None:
     return Score(
         refusals, total, low, high,
         stored.get("kl_first"), stored.get("kl_multi"), stored.get("mean_tokens"),
+        {name: Value.model_validate(value) for name, value in (stored.get("values") or {}).items()},
     )  # fmt: skip
+
+
+def further(name: str, value: Value, original: Value | None = None) -> Further:
+    """One further score; `name` is of SCORERS, or `harness.<task>.<metric>`."""
+    known = next((scorer for key, scorer in SCORERS.items() if key == name), None)
+    unit = known.unit if known else ""
+    notes = []
+    if value.low is not None and value.high is not None:
+        notes.append(f"{_plain(value.low, unit)} to {_plain(value.high, unit)}")
+    if value.n is not None:
+        notes.append(f"of {value.n}")
+    if original is not None:
+        notes.append(f"original {_plain(original.value, unit)}")
+    title = known.title if known else name.removeprefix("harness.").replace(".", ", ")
+    shown = _plain(value.value, unit)
+    return Further(title, f"{shown} {unit}" if unit == "nats" else shown, "; ".join(notes))
+
+
+def _plain(value: float, unit: str) -> str:
+    """A share in percent, anything else with three digits."""
+    return formats.share(value) if unit == "of prompts" else formats.number(value)
 
 
 def of_trial(row: Trial) -> Score | None:
     """The scores on the search prompts, kept in the trial's own columns."""
-    return score(
-        {
-            "refusals": row.refusals,
-            "total": row.total,
-            "kl_first": row.kl_first,
-            "kl_multi": row.kl_multi,
-            "mean_tokens": row.mean_tokens,
-        }
-    )
+    found = search_scores(row)
+    return None if found is None else score(found.model_dump())
 
 
 def by_role(row: Trial) -> dict[Role, Score]:

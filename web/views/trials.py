@@ -10,22 +10,20 @@ from typing import Any
 
 from markupsafe import Markup
 
-from jobs.spec.candidate import Candidate
+from jobs.spec.methods import METHODS
 from jobs.spec.protocol import PromptTexts
 from jobs.spec.scores import Outcome, Role
 from jobs.tables import Trial
 from web import plots
 from web.views import formats, scores
-from web.views.jobs import Fact
 from web.views.scores import Score
 
 MOST_TRIED = 400  # points off the front in one plot; the table holds them all
-ORIGINS = {"single_pass": "single pass", "plain": "plain kernel", "sampler": "search"}
-MODES = {
-    "none": "none: the component is removed as it stands",
-    "pre": "pre: removed from rows of length one",
-    "full": "full: removed, rows keep their length",
-    "columns": "columns: removed, columns keep their length",
+ORIGINS = {
+    "single_pass": "single pass",
+    "selected": "selection",
+    "plain": "plain point",
+    "sampler": "search",
 }
 
 
@@ -36,6 +34,7 @@ class Line:
     number: int
     href: str
     state: str
+    method: str
     origin: str
     front: bool
     picked: bool
@@ -89,6 +88,7 @@ def line(job_id: uuid.UUID, row: Trial, front: frozenset[int]) -> Line:
         number=row.number,
         href=f"/jobs/{job_id}/trials/{row.number}",
         state=row.state,
+        method=row.method,
         origin=ORIGINS.get(row.origin, row.origin),
         front=row.number in front,
         picked=row.picked,
@@ -167,16 +167,19 @@ def title(item: Line) -> str:
     return words
 
 
-def marks(lines: Sequence[Line]) -> list[plots.Mark]:
-    """The points of the plot: the whole front, picks, and the newest of the others."""
+def marks(lines: Sequence[Line], methods: Sequence[str] = ()) -> list[plots.Mark]:
+    """The points of the plot: the whole front, picks, and the newest of the others.
+
+    Where there are several `methods`, each has marks of its own, by its place among them.
+    """
     scored = [i for i in lines if i.search is not None and i.search.kl_first is not None]
     tried = [item for item in scored if not item.front and not item.picked]
     tried = sorted(tried, key=lambda item: -item.number)[:MOST_TRIED]
     chosen = [item for item in scored if item.front or item.picked] + tried
-    return [_mark(item) for item in chosen]
+    return [_mark(item, methods if len(methods) > 1 else ()) for item in chosen]
 
 
-def _mark(item: Line) -> plots.Mark:
+def _mark(item: Line, methods: Sequence[str]) -> plots.Mark:
     assert item.search is not None and item.search.kl_first is not None
     held = item.heldout
     return plots.Mark(
@@ -185,7 +188,8 @@ def _mark(item: Line) -> plots.Mark:
         total=item.search.total,
         kl=item.search.kl_first,
         href=item.href,
-        title=title(item),
+        title=title(item) + (f"; {method_title(item.method)}" if methods else ""),
+        series=methods.index(item.method) if item.method in methods else None,
         front=item.front,
         picked=item.picked,
         heldout=None
@@ -203,43 +207,24 @@ def _mark(item: Line) -> plots.Mark:
 
 
 def plot(
-    lines: Sequence[Line], baseline: Score | None, *, width: int, height: int
+    lines: Sequence[Line],
+    baseline: Score | None,
+    methods: Sequence[str] = (),
+    *,
+    width: int,
+    height: int,
 ) -> Markup | None:
     """The Pareto plot; None while no trial has scores."""
-    points = marks(lines)
+    points = marks(lines, methods)
     if not points:
         return None
     original = plots.Baseline(baseline.refusals, baseline.total) if baseline else None
     return plots.pareto(points, original, width=width, height=height)
 
 
-def parameter_facts(candidate: Candidate) -> list[Fact]:
-    """The edit in words."""
-    facts = [
-        Fact("Edit mode", MODES[candidate.mode]),
-        Fact(
-            "Direction",
-            "one for all layers" if candidate.scope == "global" else "one for each layer",
-            f"taken at layer {candidate.index:.2f}"
-            if candidate.scope == "global" and candidate.index is not None
-            else "",
-        ),
-        Fact("Projected", "off the harmless mean" if candidate.projected else "no"),
-    ]
-    for name, kernel in (("Attention", candidate.attention), ("MLP", candidate.mlp)):
-        if kernel.distance >= 1e6:
-            facts.append(Fact(f"{name} λ", f"{kernel.max_weight:.2f}", "on every layer"))
-        elif kernel.max_weight == 0 and kernel.min_weight == 0:
-            facts.append(Fact(f"{name} λ", "0", "left alone"))
-        else:
-            facts.append(
-                Fact(
-                    f"{name} λ",
-                    f"{kernel.max_weight:.2f} to {kernel.min_weight:.2f}",
-                    f"most at layer {kernel.position:.1f}, over ± {kernel.distance:.1f} layers",
-                )
-            )
-    return facts
+def method_title(name: str) -> str:
+    """A method as pages call it."""
+    return next((method.title for key, method in METHODS.items() if key == name), name)
 
 
 def prompts_of(stored: Mapping[str, Any], role: Role) -> list[str]:

@@ -1,0 +1,109 @@
+"""Two shortcuts of decoding that a few architectures do not bear: tried before all else.
+
+padding   rows of different lengths share a batch, filled up on the left under a mask. Recurrent
+          models without a mask (RWKV, xLSTM) read the padding, as does DeepSeek V4's compression.
+cache     a step reads the newest token alone, the others' keys and values are kept. Some models
+          keep nothing (OpenAI GPT), or in a way of their own (RWKV, MiniMax).
+
+Both would give wrong answers in silence, so each is compared with slow twins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from engine.decode import Decoder
+from engine.memory import is_out_of_memory
+
+CUTS = (0, 1, 3, 6)  # tokens left out at the front of each row that is tried
+FEWEST = 4  # tokens of a row
+EXACT, ROUNDED = 0.01, 0.05  # relative errors of the logits, in float32 and in narrower types
+
+
+@torch.inference_mode()
+def choose_shortcuts(decoder: Decoder, ids: Sequence[int]) -> list[str]:
+    """Set the decoder's `pads` and `caches` from some forwards of `ids`; what a person should know.
+
+    The median over the rows decides: in 16 bits a router may send one row to another expert.
+    """
+    known = [*ids] * -(-(max(CUTS) + FEWEST) // len(ids))
+    rows = [known[cut:] for cut in CUTS]
+    truth = torch.cat([_last_logits(decoder, [row]) for row in rows])
+    warnings = []
+    decoder.pads = _alike(decoder, _last_logits(decoder, rows), truth)
+    if not decoder.pads:
+        decoder.batch_size = 1
+        warnings.append(
+            f"{type(decoder.model).__name__} reads the padding of shorter prompts: prompts are "
+            "read one at a time, which takes longer."
+        )
+    decoder.caches = _caches(decoder, rows)
+    if not decoder.caches:
+        warnings.append(
+            f"{type(decoder.model).__name__} does not decode from a cache of keys and values: "
+            "every token reads the whole answer again, which takes longer."
+        )
+    return warnings
+
+
+def _caches(decoder: Decoder, rows: list[list[int]]) -> bool:
+    """Whether steps from the cache give what `generate` or a plain forward does, also after a row
+    has left. Where a prompt's tokens see one another (PaliGemma) it is the first, where generating
+    needs more than text (Kosmos) the second."""
+    if not decoder.pads:
+        rows = [row[-min(map(len, rows)) :] for row in rows]
+    answers, logits = zip(*(_answer(decoder, row) for row in rows), strict=True)
+    whole = [[*row, *answer] for row, answer in zip(rows, answers, strict=True)]
+    ids, mask = decoder.padded(whole)
+    places: Any = torch.arange(1, len(rows), device=ids.device)
+    try:
+        cache = DynamicCache(config=decoder.text_config)
+        decoder.forward(ids[:, :-2], mask[:, :-2], 1, cache)
+        decoder.forward(ids[:, -2:-1], mask[:, :-1], 1, cache)
+        cache.reorder_cache(places)
+        found = decoder.forward(ids[places, -1:], mask[places], 1, cache).logits[:, -1]
+    except Exception as error:  # what a model says to a cache, we cannot list
+        if is_out_of_memory(error):
+            raise
+        return False
+    plain = torch.cat([_last_logits(decoder, [row]) for row in whole[1:]])
+    return _alike(decoder, found, torch.cat(logits[1:])) or _alike(decoder, found, plain)
+
+
+def _answer(decoder: Decoder, row: list[int]) -> tuple[list[int], Tensor]:
+    """Two answer tokens of a prompt and the logits (1, V) after them, by the model's `generate`.
+
+    Where it does not generate: the prompt's last two tokens again and a plain forward of all.
+    """
+    ids, mask = decoder.padded([row])
+    try:
+        made = decoder.model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3,
+            do_sample=False, return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+        return made.sequences[0, len(row) : len(row) + 2].tolist(), made.logits[2]
+    except Exception as error:  # what a model says to generate's arguments, we cannot list
+        if is_out_of_memory(error):
+            raise
+    return row[-2:], _last_logits(decoder, [row + row[-2:]])
+
+
+def _last_logits(decoder: Decoder, rows: list[list[int]]) -> Tensor:
+    """The next token's logits (rows, V) by one forward without a cache."""
+    ids, mask = decoder.padded(rows)
+    logits: Tensor = decoder.forward(ids, mask, 1).logits[:, -1]
+    return logits
+
+
+def _alike(decoder: Decoder, found: Tensor, truth: Tensor) -> bool:
+    """Whether most rows (·, V) are equal up to rounding; a constant in a row means nothing."""
+    one, other = (side.float() - side.float().mean(-1, keepdim=True) for side in (found, truth))
+    errors = (one - other).norm(dim=-1) / other.norm(dim=-1).clamp_min(1e-30)
+    packed = getattr(decoder.model, "is_quantized", False)
+    exact = decoder.model.dtype in (torch.float32, torch.float64) and not packed
+    return bool(errors.nan_to_num(torch.inf).median() <= (EXACT if exact else ROUNDED))

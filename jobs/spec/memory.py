@@ -1,0 +1,83 @@
+"""The memory model: bytes of a model's cache, activations and logits from its sizes alone.
+
+The estimate before a job is submitted and the engine's batch sizes use these same formulas. Counted
+is what transformers 5 holds at the widest moment of one decoder block (blocks run one after the
+other, so one block's tensors are alive at a time), for w bytes a number:
+
+    cache      w·kv·tokens for each block that keeps all keys and values, at most a window of
+               tokens for each that slides, nothing for one without attention; plus the constant
+               states of recurrent and convolution blocks
+    prompt     tokens × the wider of: attention, w·(2d + 4q + kv + spread); feed-forward,
+               w·(2d + 3m); the norm and the edit in float32, 2dw + 12d; a recurrent block's scan
+    logits     2·V·w: the last step's are alive while the next are made; twice that where they are
+               capped
+
+d residual width, q = heads × head size, kv numbers of one token in one block's cache, spread the
+same once they stand for every query head, m feed-forward width of one token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from jobs.spec.shape import FLOAT32, Shape
+
+CUDA_SHARE = 0.85  # of the free memory; the rest is fragmentation and what the model leaves out
+CPU_SHARE = 0.5  # other processes live in the same memory
+CUDA_ROWS = 1024  # beyond this decoding is bound by arithmetic and gains nothing
+CPU_ROWS = 128  # a CPU is bound by arithmetic much earlier
+KL_ROWS = 256  # of one forward that compares distributions
+KL_CHUNK = 1 << 24  # logits that are held in float32 at once, in three tensors
+KL_SHARE = 0.5  # of the free memory, for one such forward
+
+
+def cache_row(shape: Shape, tokens: int) -> int:
+    """Bytes that one row of `tokens` tokens keeps between two forwards."""
+    seen = shape.keeping * tokens + shape.sliding * min(tokens, shape.window or tokens)
+    return shape.width * shape.kv * seen + shape.state
+
+
+def block_row(shape: Shape, tokens: int) -> int:
+    """Bytes of one row at the widest moment of one block over `tokens` tokens."""
+    w, d = shape.width, shape.hidden
+    attention = w * (2 * d + 4 * shape.queries + shape.kv + shape.spread)
+    attention += tokens * shape.eager * (2 * w + FLOAT32)
+    feed_forward = w * (2 * d + 3 * shape.inner + shape.gathered)
+    floats = 2 * w * d + 3 * FLOAT32 * d
+    padded = -(-tokens // shape.chunk) * shape.chunk
+    return max(tokens * max(attention, feed_forward, floats), padded * shape.scan)
+
+
+def logits_row(shape: Shape, positions: int) -> int:
+    """Bytes of one row's logits at `positions` positions, with their capped copies."""
+    return positions * shape.vocabulary * shape.width * (3 if shape.capped else 1)
+
+
+def decode_row(shape: Shape, prompt: int, new: int) -> int:
+    """Bytes of one row that is decoded from `prompt` tokens to `prompt + new`.
+
+    The larger of two moments: one block over the prompt, beside the cache so far; or the last
+    step, when the cache is full, one block's keys and values exist twice (they grow by
+    concatenation), and two steps' logits are alive.
+    """
+    full = cache_row(shape, prompt + new)
+    one_block = shape.width * shape.kv * (prompt + new)
+    first = cache_row(shape, prompt) + block_row(shape, prompt) + logits_row(shape, 1)
+    return max(first, full + one_block + 2 * logits_row(shape, 1))
+
+
+def forward_row(shape: Shape, tokens: int, scored: int) -> int:
+    """Bytes of one row of a forward without cache that keeps the logits of `scored` positions."""
+    stream = tokens * shape.hidden * shape.width
+    return max(block_row(shape, tokens), stream + logits_row(shape, scored))
+
+
+def fitting(free: int, per_row: int, kind: Literal["cuda", "cpu"]) -> int:
+    """How many rows of `per_row` bytes fit into `free` bytes: 1 at least, a cap at most."""
+    share, cap = (CUDA_SHARE, CUDA_ROWS) if kind == "cuda" else (CPU_SHARE, CPU_ROWS)
+    return max(1, min(cap, int(free * share) // max(1, per_row)))
+
+
+def basis_bytes(layers: int, d: int, n: int, matrices: int = 1) -> int:
+    """Bytes of the edit basis of `matrices` writers (d, n): float32 vectors for each direction."""
+    return matrices * FLOAT32 * (layers * (d + 2 * n) + d + n)

@@ -1,0 +1,35 @@
+"""Memory that really runs out while candidates are scored: batches halve, no row is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.engine.starved import PROMPTS
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
+SPARE_MB = 100  # of address space; the free run takes about 400 MB more than the model
+
+
+def test_scores_are_those_of_the_free_run(tmp_path: Path) -> None:
+    """Two candidates of 48 prompts: 96 rows at once do not fit, and the scores stay the same."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.engine.starved", str(tmp_path), str(SPARE_MB)],
+        env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=170,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["limit"] is not None and found["limit"] <= PROMPTS  # it ran out, and halved
+    assert found["sent"] == [[0, 1], [0, 1]]  # each candidate's score once
+    for free, starved in zip(*found["results"], strict=True):
+        assert len(starved["outcomes"]) == PROMPTS  # each row once, in its place
+        assert starved["outcomes"] == free["outcomes"]
+        assert starved["scores"]["refusals"] == free["scores"]["refusals"]
+        for kind in ("kl_first", "kl_multi"):
+            assert starved["scores"][kind] == pytest.approx(free["scores"][kind], rel=1e-4)
+            assert free["scores"][kind] > 0
