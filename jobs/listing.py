@@ -68,7 +68,7 @@ class ResultView(BaseModel):
 
     original: dict[Role, RoleScores]
     model: dict[Role, RoleScores]
-    benchmark: dict[results.Side, dict[str, Value]]
+    benchmark: dict[trials.Side, dict[str, Value]]
     commit: str | None = Field(description="of the model, where it was loaded beside an original")
     warnings: list[str]
 

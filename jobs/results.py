@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Literal
 
 from pydantic import BaseModel, Field
 from sqlalchemy.orm import Session
@@ -15,9 +14,9 @@ from jobs.spec.protocol import Scored
 from jobs.spec.scores import Role, Scores, Value
 from jobs.tables import Job, Task
 from jobs.trial_scores import further
+from jobs.trials import Side
 
-Side = Literal["original", "model"]
-NUMBERS: dict[Side, int] = {"original": trials.ORIGINAL, "model": trials.MODEL}
+NUMBERS: dict[Side, int] = {side: number for number, side in trials.SIDES.items()}
 
 
 class Result(BaseModel):
@@ -81,7 +80,7 @@ def store_figures(
     held = queue.fence(session, task.id, token)
     job = session.get_one(Job, held.job_id, populate_existing=True)
     result = of(job)
-    side: Side = "original" if number == trials.ORIGINAL else "model"
+    side = trials.SIDES[number]
     known = {name: value for name, value in found.items() if math.isfinite(value.value)}
     result.benchmark.setdefault(side, {}).update(known)
     _write(session, held, job, result)

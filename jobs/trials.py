@@ -12,7 +12,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from sqlalchemy import func, select
 from sqlalchemy.dialects.postgresql import insert
@@ -30,7 +30,8 @@ from jobs.trial_scores import front_of, further
 
 ORIGINAL = -1
 MODEL = -2  # what a job that searches nothing scores
-SIDES = {ORIGINAL: "original", MODEL: "model"}  # in the `result` of such a job
+Side = Literal["original", "model"]  # in the `result` of such a job
+SIDES: dict[int, Side] = {ORIGINAL: "original", MODEL: "model"}
 
 
 @dataclass(frozen=True)

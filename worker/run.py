@@ -10,7 +10,6 @@ from sqlalchemy.orm import Session
 
 from jobs import models, progress, results, trials
 from jobs.queue import Claim
-from jobs.results import Side
 from jobs.spec import scorers
 from jobs.spec.job import JobSpec
 from jobs.spec.methods import needs_affine, needs_ara, recipes
@@ -26,6 +25,7 @@ from jobs.spec.protocol import (
     Result,
 )
 from jobs.tables import Job
+from jobs.trials import Side
 from worker.lease import Lease
 from worker.problems import Interrupted
 from worker.station import Station

@@ -11,11 +11,12 @@ from functools import partial
 from sqlalchemy.orm import Session
 
 from jobs import models, results, trials
-from jobs.results import NUMBERS, Side
+from jobs.results import NUMBERS
 from jobs.spec import scorers
 from jobs.spec.protocol import Compare, Compared, Prepared, Scored
 from jobs.spec.scores import Role
 from jobs.tables import Job
+from jobs.trials import Side
 from worker.benchmark import measure, unmeasured
 from worker.judging import judge
 from worker.run import Run

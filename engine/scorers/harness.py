@@ -16,12 +16,11 @@ from engine.memory import FLOAT32, Shape, fitting_rows, forward_row, free_bytes
 from engine.report import Report
 from engine.texts import context_of
 from jobs.spec.protocol import Benchmarked
-from jobs.spec.scores import Value
+from jobs.spec.scores import Value, Z
 
 if TYPE_CHECKING:
     from engine.decode import Decoder
 
-Z = 1.959963984540054
 EXTRA = "nullspace[harness]"
 MOST_ROWS = 64  # of one forward
 LONGEST = 2048  # tokens of a row for which memory must do

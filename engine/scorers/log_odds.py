@@ -19,14 +19,13 @@ import torch
 from torch import Tensor
 
 from engine.report import Report
-from jobs.spec.scores import Value
+from jobs.spec.scores import Value, Z
 
 if TYPE_CHECKING:
     from engine.decode import Answer, Decoder
     from engine.edit import Edit
 
 COVER = 0.95  # of the refusals begin with one of the tokens that count
-Z = 1.959963984540054
 
 
 def refusal_tokens(refusals: Sequence[Answer]) -> tuple[int, ...]:

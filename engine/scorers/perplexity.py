@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engine.memory import FLOAT32, Shape, fitting_rows, forward_row, free_bytes
 from engine.report import Report
+from engine.scorers.ratio import ratio
 from jobs.spec.scores import Value
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
 
 WINDOW = 1024  # tokens that are read at once; the first of them is given, not scored
 CHUNK = 1 << 24  # logits that are held in float32 at once
-Z = 1.959963984540054
 
 
 def windows(tokenizer: Any, texts: Iterable[str], context: int | None) -> list[list[int]]:
@@ -38,7 +38,7 @@ def windows(tokenizer: Any, texts: Iterable[str], context: int | None) -> list[l
 def perplexity(decoder: Decoder, pieces: Sequence[list[int]], report: Report) -> Value:
     """exp(mean NLL in nats) of the model with the edit that `decoder` has selected for every row.
 
-    The interval takes the pieces as independent samples (a ratio estimate, see `length.drift`);
+    The interval takes the pieces as independent samples (a ratio estimate, see `ratio`);
     n counts scored tokens.
     """
     losses: dict[int, float] = {}
@@ -75,12 +75,9 @@ def _loss(logits: Tensor, targets: Tensor) -> float:
 
 
 def _value(pieces: Sequence[tuple[float, int]]) -> Value:
-    n, tokens = len(pieces), sum(count for _, count in pieces)
-    mean = sum(loss for loss, _ in pieces) / max(1, tokens)
-    if n < 2:
-        return Value(value=math.exp(mean), n=tokens)
-    rests = sum((loss - mean * count) ** 2 for loss, count in pieces)
-    error = Z * math.sqrt(rests / (n - 1) / n) / (tokens / n)
-    return Value(
-        value=math.exp(mean), low=math.exp(mean - error), high=math.exp(mean + error), n=tokens
-    )
+    losses, counts = [loss for loss, _ in pieces], [count for _, count in pieces]
+    mean, error = ratio(losses, counts)
+    if error is None:
+        return Value(value=math.exp(mean), n=sum(counts))
+    low, high = math.exp(mean - error), math.exp(mean + error)
+    return Value(value=math.exp(mean), low=low, high=high, n=sum(counts))

@@ -7,10 +7,12 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+Z = 1.959963984540054  # of a 95 % interval
+
 Role = Literal["search", "heldout", "over_refusal"]
 
 
-def wilson(hits: int, total: int, z: float = 1.959963984540054) -> tuple[float, float]:
+def wilson(hits: int, total: int, z: float = Z) -> tuple[float, float]:
     """Wilson score interval of a proportion, 95 % by default (Wilson 1927).
 
     wilson(3, 100)  # (0.0103, 0.0845)

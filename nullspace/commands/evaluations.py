@@ -15,11 +15,11 @@ from nullspace.commands.jobs import (
     Quantization,
     Scorers,
     build,
+    send,
 )
 from nullspace.commands.options import AsJson, Token, Url, client_of, job_id
 from nullspace.results import FIGURES, benchmark_rows, figure_rows
 from nullspace.terminal import dump, say, show, table
-from nullspace.watch import follow, sink
 
 Original = Annotated[
     str | None, typer.Option("--original", help="The model to compare with, and measure KL from.")
@@ -61,7 +61,7 @@ def evaluate(
             original=original, scorers=scorer, tasks=task, task_limit=limit, judge=judge,
             quantization=quantization, name=name, priority=priority, private=private,
         )  # fmt: skip
-        _submit(client, built, watch, as_json)
+        send(client, built, watch, as_json, _figures)
 
 
 def benchmark(
@@ -95,21 +95,11 @@ def benchmark(
             tasks=task, task_limit=limit, quantization=quantization, name=name, priority=priority,
             private=private,
         )  # fmt: skip
-        _submit(client, built, watch, as_json)
+        send(client, built, watch, as_json, _figures)
 
 
-def _submit(client: Client, spec: Json, watch: bool, as_json: bool) -> None:
-    job = client.submit(spec)
-    say(f"{client.url}/jobs/{job['id']}")
-    if watch:
-        with sink() as view:
-            job = follow(client, job["id"], view)
-    if as_json:
-        dump(job)
-    elif watch:
-        table(FIGURES, figure_rows(job))
-    else:
-        show(job["id"])
+def _figures(job: Json) -> None:
+    table(FIGURES, figure_rows(job))
 
 
 def _trial(

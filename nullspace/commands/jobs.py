@@ -147,17 +147,24 @@ def submit(
             quantization=quantization, name=name, priority=priority, parallelism=parallelism,
             private=private,
         )  # fmt: skip
-        job = client.submit(built)
-        say(f"{client.url}/jobs/{job['id']}")
-        if watch:
-            with sink() as view:
-                job = follow(client, job["id"], view)
-        if as_json:
-            dump(job)
-        elif watch:
-            _front(client, job["id"])
-        else:
-            show(job["id"])
+        send(client, built, watch, as_json, lambda job: _front(client, job["id"]))
+
+
+def send(
+    client: Client, spec: Json, watch: bool, as_json: bool, ended: Callable[[Json], None]
+) -> None:
+    """Submit, follow if that is wanted, and print the job; `ended` shows one that was followed."""
+    job = client.submit(spec)
+    say(f"{client.url}/jobs/{job['id']}")
+    if watch:
+        with sink() as view:
+            job = follow(client, job["id"], view)
+    if as_json:
+        dump(job)
+    elif watch:
+        ended(job)
+    else:
+        show(job["id"])
 
 
 def estimate(

@@ -8,12 +8,13 @@ from typing import Any
 
 from jobs import benchmarks, control, progress, queue, results, trials
 from jobs.database import Sessions
-from jobs.results import NUMBERS, Side
+from jobs.results import NUMBERS
 from jobs.settings import Settings
 from jobs.spec.job import JobSpec
 from jobs.spec.protocol import PromptTexts, Scored
 from jobs.spec.scores import Outcome, Role, Scores, Value
 from jobs.tables import User
+from jobs.trials import Side
 from tests.web import seed
 
 TASKS = ["arc_easy", "gsm8k"]
