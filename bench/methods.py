@@ -21,10 +21,18 @@ from pydantic import BaseModel
 
 from bench.search import Found, find, prepare
 from engine.session import Session
-from jobs.spec.methods import METHODS, MethodName, needs_affine, needs_ara, recipes
+from jobs.spec.methods import (
+    METHODS,
+    MethodName,
+    needs_affine,
+    needs_ara,
+    needs_router,
+    recipes,
+)
 from jobs.spec.scores import Scores, wilson
 
 NAMES: tuple[MethodName, ...] = get_args(MethodName)
+DENSE = [name for name in NAMES if not METHODS[name].router]  # what the demo model can be edited by
 
 
 class Row(BaseModel):
@@ -57,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", choices=NAMES, default=list(NAMES))
+    parser.add_argument("--methods", nargs="+", choices=NAMES, default=DENSE)
     parser.add_argument("--rows", type=Path)
     given = parser.parse_args()
     rows = _read(given.rows)
@@ -72,7 +80,11 @@ def main() -> None:
     if todo:
         session = Session()
         prepare(
-            session, recipes=recipes(methods), ara=needs_ara(methods), affine=needs_affine(methods)
+            session,
+            recipes=recipes(methods),
+            ara=needs_ara(methods),
+            affine=needs_affine(methods),
+            router=needs_router(methods),
         )
     for method, seed in todo:
         row = Row.of(method, seed, find(session, method, given.trials, seed))

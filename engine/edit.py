@@ -6,7 +6,8 @@ u = V Ŵ, t = V W, both (k, n). Every mode of ENGINE.md's table is
     y' = s∘(W(c∘x)) + a (u x) + b + bias
 
 so a candidate is a few vectors and no weight is touched. `engine.change.formula` is the slow twin.
-Stacks of experts have no module of their own to hook: their change is made in place.
+Stacks of experts have no module of their own to hook: their change is made in place, and so is that
+of a router's bias, which every row of a batch reads.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from engine.change import TINY, Change, Projection, Update, norm
 from engine.directions import Directions
 from engine.errors import EngineError
 from engine.report import Report
+from engine.routers import Suppression
 from engine.samples import Samples
 from jobs.spec.candidate import Ablation, Ara, Recipe
 
@@ -45,12 +47,14 @@ class Term:
 class Edit:
     """One candidate's edit: an entry per writer, in the anatomy's order; None where nothing is.
 
-    terms    for the hooks; None also where the writer is edited in place
-    changes  of every edited writer, hooked or not
+    terms         for the hooks; None also where the writer is edited in place
+    changes       of every edited writer, hooked or not
+    suppressions  an entry per router of `Samples.routers`
     """
 
     terms: tuple[Term | None, ...]
     changes: tuple[Change | None, ...]
+    suppressions: tuple[Suppression | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -223,7 +227,7 @@ class EditBuilder:
                 made.append(term(change, None))
             else:
                 made.append(term(change, self._basis(candidate, number, change)))
-        return Edit(tuple(made), changes)
+        return Edit(tuple(made), changes, self.samples.suppressions(candidate))
 
     def _projection(
         self, candidate: Ablation, writer: Writer, vectors: Tensor, mean: Tensor | None

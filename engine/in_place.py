@@ -1,8 +1,8 @@
-"""Weights that no hook can edit: rewritten in place, restored by copy.
+"""What no hook can edit: rewritten in place, restored by copy.
 
-Stacks of experts and matrices that are parameters of something else. The original is kept from the
-first edit on and copied back bit for bit, never computed back; the new weight is the one that a
-merged export writes (`engine.change.rewrite`).
+Stacks of experts, matrices that are parameters of something else, and the biases of routers. The
+original is kept from the first edit on and copied back bit for bit, never computed back; the new
+one is that which a merged export writes (`engine.change.rewrite`, `engine.routers.Suppression.of`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.change import Change, Projection, rewrite
 from engine.errors import EngineError
 from engine.memory import free_bytes
+from engine.routers import Router, Suppression
 from engine.writer import Writer
 
 KEPT_SHARE = 0.25  # of a GPU's free memory that originals may take; beyond it the host keeps them
@@ -61,6 +62,26 @@ class Rewritten:
     def forget(self) -> None:
         """Give the original's memory back; the weight must hold the original."""
         self._original = None
+
+
+class Suppressed:
+    """One router's bias and the suppression that it holds now."""
+
+    def __init__(self, router: Router) -> None:
+        self.bias = router.bias
+        self._original: Tensor | None = None
+        self._holds: Suppression | None = None
+
+    @torch.no_grad()
+    def select(self, suppression: Suppression | None) -> None:
+        """Hold the original with `suppression` from now on; None: the original."""
+        if suppression == self._holds:
+            return
+        held = self.bias.held
+        if self._original is None:
+            self._original = held.clone()
+        held.copy_(self._original if suppression is None else suppression.of(self._original))
+        self._holds = suppression
 
 
 def place_of(originals: list[Rewritten], device: torch.device) -> torch.device:

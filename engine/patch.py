@@ -16,8 +16,9 @@ from engine.anatomy import Anatomy
 from engine.change import Change
 from engine.edit import Edit, Term
 from engine.errors import EngineError
-from engine.in_place import Rewritten, place_of, same
+from engine.in_place import Rewritten, Suppressed, place_of, same
 from engine.loading.placement import device_of
+from engine.routers import Router, Suppression
 
 
 class _Hooked:
@@ -152,6 +153,7 @@ class Patch:
         """Install inactive hooks: the model stays what it is until `select`."""
         self._hooked: list[tuple[int, _Hooked, Tensor]] = []
         self._in_place: list[tuple[int, Rewritten]] = []
+        self._routers: list[Suppressed] = []
         for k, w in enumerate(anatomy.writers):
             if w.hooked:
                 # What the module computes in: the block's norms tell, packed weights do not.
@@ -165,7 +167,11 @@ class Patch:
     @property
     def batches(self) -> bool:
         """Whether different edits may share a batch: not where weights are rewritten in place."""
-        return not self._in_place
+        return not self._in_place and not self._routers
+
+    def include(self, routers: Sequence[Router]) -> None:
+        """Edits may suppress experts of these routers from now on, in the builder's order."""
+        self._routers = [Suppressed(router) for router in routers]
 
     def select(self, edits: Sequence[Edit], rows: LongTensor | Tensor | None = None) -> None:
         """Use `edits` in the next forwards; `rows` (B) as in the class's table.
@@ -248,8 +254,21 @@ class Patch:
                     "Give every row of the batch the same edit.",
                 )
             wanted.append(changes[0])
+        lowered: list[Suppression | None] = []
+        for k, router in enumerate(self._routers):
+            each = {edit.suppressions[k] if edit and edit.suppressions else None for edit in edits}
+            if len(each) > 1:
+                raise EngineError(
+                    "bad_request",
+                    f"{router.bias.name} is edited in place: the rows of one batch cannot suppress "
+                    "different experts",
+                    "Give every row of the batch the same edit.",
+                )
+            lowered.append(each.pop())
         for (_, weight), change in zip(self._in_place, wanted, strict=True):
             weight.select(change, self._place(weight.held.device))
+        for router, suppression in zip(self._routers, lowered, strict=True):
+            router.select(suppression)
 
     def _place(self, device: torch.device) -> torch.device:
         """Where the originals of this device's weights are kept; decided once."""

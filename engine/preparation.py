@@ -191,6 +191,13 @@ def _editing(
     clock: Clock,
     report: Report,
 ) -> Editing:
+    if request.router and loaded.packed:  # before anything is measured in vain
+        raise EngineError(
+            "unsupported_architecture",
+            f"router: {loaded.name} comes quantised ({loaded.packed}), so that no merged model can "
+            "be exported, and an adapter cannot hold the bias of a router",
+            "Search with the model's unquantised release, or choose methods other than router.",
+        )
     positions = sorted({-1} | {recipe.position for recipe in request.recipes})
     with clock.phase("residuals"):
         harmful, harmless = (
@@ -207,8 +214,10 @@ def _editing(
     with clock.phase("samples"):
         samples = collect_samples(
             decoder, anatomy, prompts[SIDES[0]], prompts[SIDES[1]], report, request.affine,
-            request.ara, request.allow_partial,
+            request.ara, request.allow_partial, request.router,
         )  # fmt: skip
+        if decoder.patch is not None and samples.routers is not None:
+            decoder.patch.include(samples.routers)
     with clock.phase("edit bases"):
         builder = EditBuilder(anatomy, found, samples)
         builder.warm(request.recipes, report)

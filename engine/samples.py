@@ -1,8 +1,9 @@
-"""What the writers read and wrote at the last prompt token: taken once, when a model is prepared.
+"""What edits need to know of the prompts: taken once, when a model is prepared.
 
-Affine edits need the harmless mean of each writer's output, arbitrary-rank ablation the inputs and
-outputs of both sides. Only modules that hooks can reach are sampled: a stack of experts has no
-output of its own at a prompt's last token, but those of the experts that the router chose.
+Affine edits need the harmless mean of each writer's output at the last prompt token, arbitrary-rank
+ablation the inputs and outputs of both sides. Only modules that hooks can reach are sampled: a
+stack of experts has no output of its own at a prompt's last token, but those of the experts that
+the router chose. Suppressing experts needs to know which ones that are (`engine.routers`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from engine.ara import Sample, condense
 from engine.decode import Decoder
 from engine.errors import EngineError
 from engine.report import Report
+from engine.routers import Bias, Router, Suppression, find_routers
 from jobs.spec.candidate import Ablation, Ara
 
 ROWS = 256  # prompts per side of which ARA knows inputs and outputs
@@ -32,10 +34,29 @@ class Samples:
 
     means   (d) harmless mean of W x, without the bias, float32; None: not asked for
     ara     inputs and outputs; None: not asked for
+    routers those that have a bias, each once; None: not asked for
     """
 
     means: tuple[Tensor | None, ...] | None = None
     ara: tuple[Sample | None, ...] | None = None
+    routers: tuple[Router, ...] | None = None
+
+    def suppressions(self, candidate: Ablation | Ara) -> tuple[Suppression | None, ...]:
+        """What `candidate` does to each router of `routers`. Raises `bad_request` where it
+        suppresses experts and the routers were not watched."""
+        wanted = candidate.router if isinstance(candidate, Ablation) else None
+        if wanted is not None and self.routers is None:
+            raise EngineError(
+                "bad_request",
+                "router: which experts harmful prompts choose was not watched",
+                "Say so when preparing.",
+            )
+        return tuple(router.suppression(wanted) for router in self.routers or ())
+
+    def lowered(self, candidate: Ablation | Ara) -> list[tuple[Bias, Suppression]]:
+        """The biases that `candidate` lowers; raises what `suppressions` raises."""
+        each = zip(self.routers or (), self.suppressions(candidate), strict=True)
+        return [(router.bias, s) for router, s in each if s is not None]
 
 
 def reached(anatomy: Anatomy, candidate: Ablation | Ara) -> float:
@@ -63,6 +84,7 @@ def collect_samples(
     affine: bool = False,
     ara: bool = False,
     allow_partial: bool = False,
+    router: bool = False,
 ) -> Samples:
     """Samples from the token ids of both sides' prompts; nothing where neither is asked for.
 
@@ -71,8 +93,10 @@ def collect_samples(
 
     ARA's samples of the first ROWS prompts of a side take up to 8 ROWS (n + d + 4 ROWS) bytes of
     main memory per writer, 1.9 GB for a dense 8B model. Raises `unsupported_architecture` where a
-    writer cannot be hooked: for affine always, for ARA without `allow_partial`.
+    writer cannot be hooked: for affine always, for ARA without `allow_partial`; and for `router`
+    where no router has a bias.
     """
+    routers = find_routers(decoder, anatomy, harmful, harmless, report) if router else None
     if ara and any(not w.hooked for w in anatomy.writers):
         text = (
             f"ara: it reaches {anatomy.coverage * _hooked_share(anatomy):.1%} of the parameters "
@@ -100,7 +124,7 @@ def collect_samples(
             for w, y in zip(anatomy.writers, outputs, strict=True)
         )
     if not ara:
-        return Samples(means)
+        return Samples(means, routers=routers)
     bad = _read(decoder, anatomy, harmful[:ROWS], report)
     good = _read(decoder, anatomy, harmless[:ROWS], report)
     found: list[Sample | None] = []
@@ -109,7 +133,7 @@ def collect_samples(
         found.append(condense(g[0], g[1], b[0], b[1], decoder.device) if known else None)  # type: ignore[index]
         bad[place] = good[place] = None  # the raw rows go as soon as they are condensed
         report.progress("samples", place + 1, len(bad))
-    return Samples(means, tuple(found))
+    return Samples(means, tuple(found), routers)
 
 
 Rows = tuple[Tensor, Tensor]  # inputs (N, n) and outputs (N, d), float32, on the CPU

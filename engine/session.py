@@ -181,4 +181,5 @@ class Session:
         return export.write(
             ready.loaded, ready.anatomy, changes, request, report,
             scores if request.measure else None, describe,
+            ready.builder.samples.lowered(request.candidate),
         )  # fmt: skip

@@ -20,6 +20,11 @@ KINDS: tuple[ArtifactKind, ...] = ("merged", "adapter", "lora")
 DEFAULT_RANK = 8
 
 
+def kinds(candidate: dict[str, Any]) -> tuple[ArtifactKind, ...]:
+    """What can be made of a candidate, as its JSON: PEFT cannot hold a router's bias."""
+    return ("merged",) if candidate.get("router") else KINDS
+
+
 def request(
     session: Session,
     user: User,
@@ -42,6 +47,12 @@ def request(
     trial = trials.get(session, job.id, number)
     if trial.state != "complete":
         raise Conflict(f"Trial {number} is not complete, so there is nothing to export yet.")
+    if kind not in kinds(trial.candidate):
+        raise Invalid(
+            f"Trial {number} changes the biases of routers, which no adapter can hold. "
+            "Export the merged model.",
+            field="kind",
+        )
     wanted = None if kind == "merged" else (rank or DEFAULT_RANK)
     existing = session.scalars(
         select(Artifact).where(

@@ -18,6 +18,7 @@ from jobs.needs import Kind, Need, need
 from jobs.problems import Invalid
 from jobs.settings import Settings
 from jobs.spec.job import JobSpec, Quantization
+from jobs.spec.methods import needs_router
 from jobs.spec.shape import Shape
 from jobs.weights import PACKED, Weights, weights_of
 
@@ -226,6 +227,8 @@ def _warnings(
         found.append("config.json does not say how many layers there are or how wide they are")
     if config.get("auto_map"):
         found.append("the repository brings its own code, which is never run here")
+    if needs_router(spec.methods) and not weights.experts:
+        found.append("method router needs a mixture of experts; it will be refused for this model")
     if config.get("quantization_config") or weights.stored:
         found.append("the weights are already quantised; exports keep the source's format")
     elif weights.experts and spec.quantization != "none":

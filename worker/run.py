@@ -12,7 +12,7 @@ from jobs import models, progress, results, trials
 from jobs.queue import Claim
 from jobs.spec import scorers
 from jobs.spec.job import JobSpec
-from jobs.spec.methods import needs_affine, needs_ara, recipes
+from jobs.spec.methods import needs_affine, needs_ara, needs_router, recipes
 from jobs.spec.protocol import (
     NOTHING,
     Partial,
@@ -155,6 +155,7 @@ class Run:
             recipes=recipes(spec.methods),
             ara=needs_ara(spec.methods),
             affine=needs_affine(spec.methods),
+            router=needs_router(spec.methods),
             allow_partial=spec.allow_partial,
             scorers=scorers.of_engine(spec.objectives, spec.scorers),
             prompts=prompts,

@@ -12,11 +12,22 @@ from optuna.distributions import (
     IntDistribution,
 )
 
-from jobs.spec.candidate import COMPONENTS, Ablation, Ara, Candidate, Kernel, single_pass
+from jobs.spec.candidate import (
+    COMPONENTS,
+    Ablation,
+    Ara,
+    Candidate,
+    Kernel,
+    Router,
+    single_pass,
+)
 from jobs.spec.methods import METHODS, MethodName
 
 SCOPES = ("global", "per_layer")
 RANK = 64  # of ARA's changes: whole ones score the same and take 7 times the memory at 8B width
+MOST_EXPERTS = 8  # per layer that are suppressed
+BIAS = (0.01, 10.0)  # next to nothing, to never chosen: of scores within 0..1, of logits
+PLAIN_ROUTER = Router(experts=4, bias=0.3)  # the middle of the ranges
 LEAST_MAX_WEIGHT = {"attention": 0.8, "mlp": -0.25}  # below 0: the component is switched off
 
 
@@ -27,7 +38,7 @@ def space(layers: int, method: MethodName) -> dict[str, BaseDistribution]:
     """
     match METHODS[method].kind:
         case "ablation":
-            return _kernels(layers)
+            return _kernels(layers) | (_router() if METHODS[method].router else {})
         case "ara":
             return _ranges(layers)
         case "fixed":
@@ -49,6 +60,13 @@ def _kernels(layers: int) -> dict[str, BaseDistribution]:
         table[f"{name}.min_fraction"] = FloatDistribution(0.0, 1.0)
         table[f"{name}.distance"] = FloatDistribution(1.0, max(1.0, 0.6 * last))
     return table
+
+
+def _router() -> dict[str, BaseDistribution]:
+    return {
+        "router.experts": IntDistribution(1, MOST_EXPERTS),
+        "router.bias": FloatDistribution(*BIAS, log=True),
+    }
 
 
 def _ranges(layers: int) -> dict[str, BaseDistribution]:
@@ -85,13 +103,15 @@ def candidate_from(params: Mapping[str, Any], layers: int, method: MethodName) -
         index=min(max(float(params["index"]), 0.0), layers - 1.0) if scope == "global" else None,
         attention=_kernel("attention", params),
         mlp=_kernel("mlp", params),
+        router=_suppression(params) if fixed.router else None,
     )
 
 
 def first(layers: int, method: MethodName) -> Ablation:
     """The edit without a search: the whole of a fixed method, and trial 0 of each ablation."""
     fixed = METHODS[method]
-    return single_pass(layers, fixed.mode, fixed.recipe, fixed.affine)
+    router = PLAIN_ROUTER if fixed.router else None
+    return single_pass(layers, fixed.mode, fixed.recipe, fixed.affine, router)
 
 
 def plain(layers: int, method: MethodName) -> dict[str, Any]:
@@ -117,6 +137,9 @@ def plain(layers: int, method: MethodName) -> dict[str, Any]:
         params[f"{name}.position"] = 0.6 * last
         params[f"{name}.min_fraction"] = 1.0
         params[f"{name}.distance"] = max(1.0, 0.6 * last)
+    if METHODS[method].router:
+        params["router.experts"] = PLAIN_ROUTER.experts
+        params["router.bias"] = PLAIN_ROUTER.bias
     return params
 
 
@@ -133,3 +156,7 @@ def _kernel(component: str, params: Mapping[str, Any]) -> Kernel:
         position=float(params[f"{component}.position"]),
         distance=float(params[f"{component}.distance"]),
     )
+
+
+def _suppression(params: Mapping[str, Any]) -> Router:
+    return Router(experts=int(params["router.experts"]), bias=float(params["router.bias"]))

@@ -14,10 +14,11 @@ from engine.export.adapter import Adapter, write_adapter
 from engine.export.card import CardFacts, render
 from engine.export.folder import Folder
 from engine.export.merged import write_merged
-from engine.export.original import edited_writers
+from engine.export.original import edited_writers, lowered_biases
 from engine.load import Loaded
 from engine.loading.architecture import auto_class
 from engine.report import Report
+from engine.routers import Bias, Suppression
 from jobs.spec.manifest import NAME as MANIFEST
 from jobs.spec.protocol import Export, Exported, ExportedFile
 from jobs.spec.scores import Role, Scores
@@ -35,15 +36,18 @@ def write(
     report: Report,
     measure: Measure | None = None,
     describe: Describe | None = None,
+    suppressions: Sequence[tuple[Bias, Suppression]] = (),
 ) -> Exported:
     """Write the artifact into `request.directory`.
 
-    `changes` has an entry per writer of the anatomy. `measure` is called with that folder when
-    all but the card is written; what it returns stands on the card and in the answer. `describe`
-    makes the manifest from the files so far and the scores.
+    `changes` has an entry per writer of the anatomy, `suppressions` the routers' biases that are
+    lowered. `measure` is called with that folder when all but the card is written; what it returns
+    stands on the card and in the answer. `describe` makes the manifest from the files so far and
+    the scores.
 
     Raises disk_full (nothing stays in the folder), unsupported_architecture for a checkpoint
-    whose tensors are not the writers', bad_request for an adapter of an edit that edits nothing.
+    whose tensors are not the writers' and for an adapter of lowered biases, bad_request for an
+    adapter of an edit that edits nothing.
     """
     began = time.monotonic()
     checkpoint = open_checkpoint(loaded.source, loaded.name)
@@ -54,11 +58,19 @@ def write(
             "in place",
             "Export kind adapter, or search with the model's unquantised release.",
         )
+    if suppressions and request.kind != "merged":
+        raise EngineError(
+            "unsupported_architecture",
+            "router: an adapter cannot hold the bias of a router "
+            f"({suppressions[0][0].name}), which this candidate lowers",
+            "Export it with kind merged.",
+        )
     edited = edited_writers(checkpoint, loaded.model, anatomy, changes, bool(loaded.packed))
     adapter: Adapter | None = None
     with Folder(Path(request.directory)) as folder:
         if request.kind == "merged":
-            write_merged(folder, checkpoint, edited, report)
+            lowered = lowered_biases(checkpoint, loaded.model, suppressions)
+            write_merged(folder, checkpoint, edited, lowered, report)
         elif not edited:
             raise EngineError(
                 "bad_request",
@@ -75,9 +87,8 @@ def write(
         if describe is not None:
             folder.write(MANIFEST, [describe(list(folder.files.values()), measured)])
         card = {**request.card, **({"measured": measured} if measured else {})}
-        folder.write(
-            CARD, [render(card, _facts(loaded, anatomy, changes, request, adapter)).encode()]
-        )
+        facts = _facts(loaded, anatomy, changes, request, adapter, len(suppressions))
+        folder.write(CARD, [render(card, facts).encode()])
         files = folder.seal()
     return Exported(
         files=files,
@@ -93,6 +104,7 @@ def _facts(
     changes: Sequence[Change | None],
     request: Export,
     adapter: Adapter | None,
+    lowered: int,
 ) -> CardFacts:
     return CardFacts(
         base=loaded.name,
@@ -103,18 +115,19 @@ def _facts(
         dtype=str(loaded.dtype).removeprefix("torch."),
         versions=loaded.versions,
         adapter=adapter,
-        edited=_edited(anatomy, changes),
+        edited=_edited(anatomy, changes, lowered),
         factory=auto_class(loaded.model.config, loaded.name).__name__,
     )
 
 
-def _edited(anatomy: Anatomy, changes: Sequence[Change | None]) -> str:
-    """Such as "30 of 32 matrices, 24 of 24 stacks of 8 experts"."""
+def _edited(anatomy: Anatomy, changes: Sequence[Change | None], lowered: int) -> str:
+    """Such as "30 of 32 matrices, 24 of 24 stacks of 8 experts, biases of 24 routers"."""
     found: dict[int, list[bool]] = {}
     for writer, change in zip(anatomy.writers, changes, strict=True):
         found.setdefault(writer.experts, []).append(change is not None)
-    return ", ".join(
+    parts = [
         f"{sum(which)} of {len(which)} "
         + (f"stacks of {experts} experts" if experts else "matrices")
         for experts, which in sorted(found.items())
-    )
+    ]
+    return ", ".join([*parts, *([f"biases of {lowered} routers"] if lowered else [])])

@@ -184,6 +184,11 @@ def _ablation(candidate: Ablation) -> list[tuple[str, str]]:
     rows = [("mode", candidate.mode), ("direction", f"{count} {direction}"), ("taken from", source)]
     if candidate.affine:
         rows.append(("affine", "the component becomes its harmless mean instead of 0"))
+    if candidate.router is not None:
+        few = candidate.router.experts
+        text = f"bias lowered by {candidate.router.bias:.4g} for "
+        text += "the expert" if few == 1 else f"the {few} experts"
+        rows.append(("routers", f"{text} of a layer that harmful prompts choose more often"))
     for component in COMPONENTS:
         k = candidate.kernel(component)
         text = f"{k.max_weight:.4g} everywhere"

@@ -1,13 +1,14 @@
 """The whole model with the edit, written matrix by matrix from the original safetensors.
 
 Shapes and dtypes do not change, so each file keeps its header and its order of tensors; only the
-bytes of edited matrices are new. Peak memory is two matrices: one is made while one is written.
+bytes of what is edited are new. Peak memory is two matrices: one is made while one is written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from engine.change import rewrite
 from engine.checkpoint import INDEX, Checkpoint, Entry
 from engine.errors import EngineError
 from engine.export.folder import Folder, read_chunks
-from engine.export.original import Edited, original
+from engine.export.original import Edited, Lowered, original, original_bias
 from engine.hub import is_plain
 from engine.report import Report
 
@@ -30,7 +31,11 @@ class Replacement:
 
 
 def write_merged(
-    folder: Folder, checkpoint: Checkpoint, edited: list[Edited], report: Report
+    folder: Folder,
+    checkpoint: Checkpoint,
+    edited: list[Edited],
+    lowered: list[Lowered],
+    report: Report,
 ) -> None:
     """Write weights, index, configuration, tokenizer and processor files into `folder`.
 
@@ -38,6 +43,7 @@ def write_merged(
     """
     source = checkpoint.folder
     parts = [part for one in edited for part in replacements(checkpoint, one)]
+    parts += [Replacement(one.entry, partial(_lowered, checkpoint, one)) for one in lowered]
     plain = sorted(p for p in source.iterdir() if is_plain(p.name) and p.is_file())
     total = sum((source / name).stat().st_size for name in checkpoint.files)
     folder.need(total + sum(p.stat().st_size for p in plain))
@@ -108,3 +114,8 @@ def _bias(checkpoint: Checkpoint, one: Edited) -> Tensor:
     assert one.bias is not None and shift is not None
     bias = checkpoint.read(one.bias)
     return (bias.double() + shift.double().cpu()).to(bias.dtype)
+
+
+def _lowered(checkpoint: Checkpoint, one: Lowered) -> Tensor:
+    """A router's new bias, rounded once to the stored dtype."""
+    return one.suppression.of(original_bias(checkpoint, one))

@@ -18,6 +18,7 @@ from engine.anatomy import Anatomy, Writer
 from engine.change import Change, Update
 from engine.checkpoint import FLOATS, Checkpoint, Entry
 from engine.errors import EngineError
+from engine.routers import Bias, Suppression
 
 # nf4 differs from its original by about 0.09 of the norm, a wrong tensor by about 1.4.
 ALIKE = 0.3
@@ -45,6 +46,15 @@ class Edited:
         return None if isinstance(self.change, Update) else self.change.bias()
 
 
+@dataclass(frozen=True)
+class Lowered:
+    """One router's bias that is lowered, and its tensor in the checkpoint."""
+
+    bias: Bias
+    entry: Entry
+    suppression: Suppression
+
+
 def edited_writers(
     checkpoint: Checkpoint, model: Any, anatomy: Anatomy, changes: Sequence[Change | None],
     packed: bool = False,
@@ -68,17 +78,34 @@ def edited_writers(
     return found
 
 
+def lowered_biases(
+    checkpoint: Checkpoint, model: Any, suppressions: Sequence[tuple[Bias, Suppression]]
+) -> list[Lowered]:
+    """The routers' biases that are lowered, with their tensors.
+
+    Raises unsupported_architecture where a bias has no tensor of its own in the checkpoint.
+    """
+    names = stored_names(checkpoint, model)
+    found = []
+    for bias, suppression in suppressions:
+        entries = [checkpoint.tensors[name] for name in names.get(bias.name, Stored()).tensors]
+        if len(entries) != 1 or entries[0].numel != bias.held.numel():
+            raise _refusal(bias.name, "the original safetensors hold no tensor of this bias")
+        found.append(Lowered(bias, entries[0], suppression))
+    return found
+
+
 @dataclass
 class Stored:
-    """How a parameter lies in a checkpoint: the names of its tensors, in the order of stacking,
-    and whether transformers may transpose them in loading."""
+    """How a parameter or a buffer lies in a checkpoint: the names of its tensors, in the order of
+    stacking, and whether transformers may transpose them in loading."""
 
     tensors: list[str] = field(default_factory=list)
     turned: bool = False
 
 
 def stored_names(checkpoint: Checkpoint, model: Any) -> dict[str, Stored]:
-    """The tensors of each parameter of the loaded model.
+    """The tensors of each parameter and buffer of the loaded model.
 
     By transformers' own rules of loading: it renames, adds or drops prefixes, and stacks experts.
     """
@@ -101,6 +128,7 @@ def stored_names(checkpoint: Checkpoint, model: Any) -> dict[str, Stored]:
         if any(isinstance(step, Transpose) for step in rule.operations)
     }
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters |= dict(model.named_buffers(remove_duplicate=False))
     found: dict[str, Stored] = defaultdict(Stored)
     for stored in sorted(checkpoint.tensors, key=dot_natural_key):
         name, pattern = rename_source_key(
@@ -133,7 +161,7 @@ def locate(
     if entries:
         first = entries[0]
         fault = f"hold {len(entries)} tensors for it, such as {first.name} {list(first.shape)}"
-    raise _refusal(writer, f"the original safetensors {fault}")
+    raise _refusal(writer.name, f"the original safetensors {fault}")
 
 
 def original(checkpoint: Checkpoint, edited: Edited, k: int) -> Tensor:
@@ -157,7 +185,21 @@ def original(checkpoint: Checkpoint, edited: Edited, k: int) -> Tensor:
     fault = "holds other values than the loaded model"
     if {*stored.shape} != {writer.d, writer.n}:
         fault = f"has shape {list(stored.shape)}, the model {[writer.d, writer.n]}"
-    raise _refusal(writer, f"its tensor {entry.name} {fault}")
+    raise _refusal(writer.name, f"its tensor {entry.name} {fault}")
+
+
+def original_bias(checkpoint: Checkpoint, lowered: Lowered) -> Tensor:
+    """A router's bias as stored.
+
+    Raises unsupported_architecture for a tensor that is not what the loaded model holds.
+    """
+    stored, held = checkpoint.read(lowered.entry), lowered.bias.held.float().cpu().flatten()
+    if (stored.flatten().float() - held).norm() > ALIKE * held.norm():
+        raise _refusal(
+            lowered.bias.name,
+            f"its tensor {lowered.entry.name} holds other values than the loaded model",
+        )
+    return stored
 
 
 def _loaded(writer: Writer, k: int, rows: slice) -> Tensor:
@@ -169,9 +211,9 @@ def _loaded(writer: Writer, k: int, rows: slice) -> Tensor:
     return (W[k] if writer.experts else W)[rows].float()
 
 
-def _refusal(writer: Writer, fault: str) -> EngineError:
+def _refusal(name: str, fault: str) -> EngineError:
     return EngineError(
         "unsupported_architecture",
-        f"{writer.name}: {fault}",
+        f"{name}: {fault}",
         "Export of this checkpoint's layout is not supported; search with another release of it.",
     )

@@ -59,11 +59,26 @@ class Recipe(Frozen):
     position: int = Field(-1, ge=-16, le=-1)
 
 
+class Router(Frozen):
+    """Fewer tokens for the experts of refusal, in each mixture whose router has a bias.
+
+    experts  how many per layer: those that harmful prompts choose more often than harmless ones do
+             (SteerMoE's risk difference, arXiv 2509.09660), the greatest difference first
+    bias     what is subtracted from their entries of the router's bias, in the unit of the scores
+             to which the router adds it: logits (gpt-oss), or sigmoids within 0..1 (DeepSeek-V3),
+             where 1 is never to be chosen
+    """
+
+    experts: int = Field(ge=1, le=64)
+    bias: float = Field(ge=0, le=100)
+
+
 class Ablation(Frozen):
     """Directional ablation: directions are taken out of what the writers write.
 
     With the model's commit and the direction prompts it is complete.
     affine   the component along the directions becomes its harmless mean instead of 0
+    router   experts that are suppressed besides; None leaves the routers as they are
     """
 
     method: Literal["ablation"] = "ablation"
@@ -74,6 +89,7 @@ class Ablation(Frozen):
     attention: Kernel
     mlp: Kernel
     affine: bool = False
+    router: Router | None = None
 
     def kernel(self, component: Component) -> Kernel:
         """The kernel of one component."""
@@ -124,7 +140,11 @@ def constant(strength: float = 1.0) -> Kernel:
 
 
 def single_pass(
-    layers: int, mode: EditMode = "full", recipe: Recipe | None = None, affine: bool = False
+    layers: int,
+    mode: EditMode = "full",
+    recipe: Recipe | None = None,
+    affine: bool = False,
+    router: Router | None = None,
 ) -> Ablation:
     """The edit without a search: one direction at about 0.6 L, λ = 1 on all layers."""
     index = round(0.6 * (layers - 1))
@@ -136,4 +156,5 @@ def single_pass(
         attention=constant(),
         mlp=constant(),
         affine=affine,
+        router=router,
     )

@@ -10,7 +10,7 @@ from jobs.spec.candidate import EditMode, Recipe
 
 MethodName = Literal[
     "mpoa", "mpoa_columns", "pre", "ablate", "raw", "biprojected", "median", "winsorized", "svd",
-    "som", "affine", "ara", "deccp", "arditi",
+    "som", "affine", "router", "ara", "deccp", "arditi",
 ]  # fmt: skip
 
 MEAN = Recipe()
@@ -22,7 +22,8 @@ POSITIONS = (-1, -2, -3, -4, -5)  # of the prompt, where `arditi` looks for its 
 class Method:
     """What is fixed while a method is searched.
 
-    kind   ablation: kernels are searched; ara: its own space; fixed: one trial, nothing searched
+    kind    ablation: kernels are searched; ara: its own space; fixed: one trial, nothing searched
+    router  ablation: which experts are suppressed, and how much, is searched besides
     """
 
     title: str
@@ -31,6 +32,7 @@ class Method:
     mode: EditMode = "full"
     recipe: Recipe = MEAN
     affine: bool = False
+    router: bool = False
 
 
 METHODS: dict[MethodName, Method] = {
@@ -72,6 +74,12 @@ METHODS: dict[MethodName, Method] = {
     "affine": Method(
         "Affine", "The component becomes its harmless mean instead of zero.",
         mode="none", affine=True,
+    ),
+    "router": Method(
+        "MPOA and router",
+        "MPOA, and fewer tokens to the experts that harmful prompts choose; for mixtures of "
+        "experts whose routers have a bias.",
+        router=True,
     ),
     "ara": Method(
         "ARA", "Arbitrary-rank ablation: each writer is optimised, no direction is assumed.",
@@ -151,3 +159,8 @@ def needs_ara(methods: Sequence[MethodName]) -> bool:
 def needs_affine(methods: Sequence[MethodName]) -> bool:
     """Whether some candidates will be affine: the writers' harmless means must be measured."""
     return any(METHODS[name].affine for name in methods)
+
+
+def needs_router(methods: Sequence[MethodName]) -> bool:
+    """Whether some candidates will suppress experts: the routers must be found and watched."""
+    return any(METHODS[name].router for name in methods)

@@ -66,6 +66,7 @@ class Prepare(BaseModel):
     recipes      the directions that candidates will ask for
     ara          whether candidates of method `ara` will be scored
     affine       whether affine candidates will be
+    router       whether candidates that suppress experts will be
     scorers      further scorers that `Score` will be asked for
     batch_size   rows at once, pinned for reproduction; None: by free memory
     """
@@ -82,6 +83,7 @@ class Prepare(BaseModel):
     recipes: list[Recipe] = [Recipe()]
     ara: bool = False
     affine: bool = False
+    router: bool = False
     allow_partial: bool = False
     scorers: list[ScorerName] = []
     batch_size: int | None = None

@@ -15,7 +15,7 @@ from engine.report import Silent
 from engine.selection import VALIDATION, ablation
 from engine.session import Session
 from jobs.spec.candidate import Ablation, Ara, Recipe
-from jobs.spec.methods import POSITIONS, needs_affine, needs_ara, recipes
+from jobs.spec.methods import POSITIONS, needs_affine, needs_ara, needs_router, recipes
 from jobs.spec.protocol import Choice, Score, ScoredBatch, Select, Selected
 from tests.engine.fixtures_run import demo_folder, prepare_request, prompt_texts
 
@@ -151,3 +151,4 @@ def test_what_a_job_must_prepare() -> None:
     assert len(found) == len(set(found)) == 7
     assert needs_ara(["mpoa", "ara"]) and not needs_ara(["mpoa"])
     assert needs_affine(["affine"]) and not needs_affine(["ara", "som"])
+    assert needs_router(["mpoa", "router"]) and not needs_router(["mpoa", "ara"])

@@ -60,6 +60,19 @@ def test_asked_for_twice_made_once(
             artifacts.request(session, owner, job, 0, "lora", rank=0)
 
 
+def test_an_edit_that_no_adapter_holds_is_merged(
+    sessions: Sessions, owner: User, farm: Settings, job: Job
+) -> None:
+    with sessions.begin() as session:
+        trial = trials.get(session, job.id, 0)
+        trial.candidate = {**trial.candidate, "router": {"experts": 2, "bias": 1.0}}
+        for kind in ("adapter", "lora"):
+            with pytest.raises(Invalid) as refused:
+                artifacts.request(session, owner, job, 0, kind)
+            assert refused.value.field == "kind" and "merged" in str(refused.value)
+        assert artifacts.request(session, owner, job, 0, "merged").kind == "merged"
+
+
 def test_only_those_who_may(
     sessions: Sessions, owner: User, make_user: Callable[..., User], job: Job
 ) -> None:

@@ -128,6 +128,11 @@ def test_experts_are_not_quantised() -> None:
     assert found.active == found.parameters - experts * 6 // 8
     assert any("42% of the parameters are fused experts" in text for text in found.warnings)
     assert not figures(make_spec(quantization="none"), Checkpoint(config, tensors)).warnings
+    routed = make_spec(quantization="none", methods=["mpoa", "router"])
+    assert not figures(routed, Checkpoint(config, tensors)).warnings
+    dense = [tensor for tensor in tensors if "experts" not in tensor.name]
+    (refused,) = figures(routed, Checkpoint(config, dense)).warnings
+    assert refused.startswith("method router needs a mixture of experts")
 
 
 def test_what_is_loaded_of_a_checkpoint() -> None:

@@ -62,6 +62,9 @@ def test_every_point_of_the_space_is_a_candidate_within_the_table(
         assert isinstance(made, Ablation)
         row = METHODS[method]
         assert (made.mode, made.recipe, made.affine) == (row.mode, row.recipe, row.affine)
+        assert (made.router is not None) == row.router
+        if made.router is not None:
+            assert 1 <= made.router.experts <= 8 and 0.01 <= made.router.bias <= 10
         assert (made.index is None) == (made.scope == "per_layer")
         if made.index is not None:
             assert 0.4 * last - 1e-9 <= made.index <= 0.9 * last + 1e-9
@@ -100,6 +103,7 @@ def test_fixed_methods_have_no_space() -> None:
     assert (edit.mode, edit.recipe.projection, edit.scope) == ("none", "none", "global")
     assert edit.index == 6.0 and edit.attention.weight(0) == edit.mlp.weight(10) == 1.0
     assert first(11, "svd").recipe.count == 3
+    assert first(11, "router").router and first(11, "mpoa").router is None
 
 
 def test_mlp_can_switch_itself_off() -> None:

@@ -14,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 from starlette.datastructures import FormData
 
-from jobs.spec.candidate import Ablation, Ara, Recipe, constant
+from jobs.spec.candidate import Ablation, Ara, Recipe, Router, constant
 from jobs.spec.job import JobSpec
 from jobs.spec.protocol import AnatomyReport, WriterReport
 from jobs.spec.scores import Outcome, Value, wilson
@@ -141,9 +141,12 @@ def test_preflight_counts_stacks_and_names_what_is_missed() -> None:
 def test_a_candidate_in_words() -> None:
     edit = Ablation(
         mode="none", recipe=Recipe(subspace="svd", count=3, winsorize=0.995), affine=True,
-        attention=constant(), mlp=constant(0.0),
+        attention=constant(), mlp=constant(0.0), router=Router(experts=3, bias=0.25),
     )  # fmt: skip
     said = {fact.name: fact.value for fact in edits.parameter_facts(edit)}
+    assert said["Routers"] == "− 0.25"
+    plain = edit.model_copy(update={"router": None})
+    assert "Routers" not in {fact.name for fact in edits.parameter_facts(plain)}
     assert said["Directions"] == "at most 3" and said["Winsorised"].startswith(
         "at the quantile 0.995"
     )

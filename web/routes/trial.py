@@ -140,7 +140,7 @@ def _context(
         or any(a.state in ("queued", "running") for a in made)
         or any(task.state in ("ready", "running") for task in asked),
         "may_edit": control.may_edit(here.user, job),
-        "kinds": artifact_views.EXPLAINED,
+        "kinds": {kind: artifact_views.EXPLAINED[kind] for kind in artifacts.kinds(row.candidate)},
         "default_rank": artifacts.DEFAULT_RANK,
     }
 

@@ -38,6 +38,15 @@ def _ablation(candidate: Ablation) -> list[Fact]:
     ]
     if candidate.affine:
         facts.append(Fact("Affine", "yes", "set to the harmless mean instead of zero"))
+    if candidate.router is not None:
+        facts.append(
+            Fact(
+                "Routers",
+                f"− {candidate.router.bias:.3g}",
+                f"from the bias of {candidate.router.experts} experts of a layer, those that "
+                "harmful prompts choose more often",
+            )
+        )
     for name, kernel in (("Attention", candidate.attention), ("MLP", candidate.mlp)):
         if kernel.max_weight == 0 and kernel.min_weight == 0:
             facts.append(Fact(f"{name} λ", "0", "left alone"))
