@@ -4,7 +4,7 @@
 
 Builds random-weight models of real proportions, one at a time, in a temporary folder; estimates
 from their headers and configurations alone; and runs the real engine on each in a process of its
-own: prepare, score two candidates, export, measure the export. Prints a Markdown table.
+own: prepare, score two candidates three times, export, measure the export. Prints a Markdown table.
 
 On a CPU the peak of a phase is the process's resident high-water mark (VmHWM of /proc/self/status,
 set back between phases through /proc/self/clear_refs), above what the interpreter with all
@@ -220,7 +220,8 @@ def child(request: dict[str, Any]) -> dict[str, Any]:
     longest = _longest(Formatter, asked)
     layers = prepared.anatomy.layers
     meter.fixed = "scoring"
-    session.handle(Score(candidates=[single_pass(layers), single_pass(layers)]), meter)
+    for _ in range(3):  # states of the original are kept from the second time on
+        session.handle(Score(candidates=[single_pass(layers), single_pass(layers)]), meter)
     meter.fixed = ""
     meter.enter("export")
     with tempfile.TemporaryDirectory() as folder:

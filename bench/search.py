@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import optuna
 from optuna.samplers import TPESampler
 
 from demo import MODEL, prompt_file
+from demo.dataset import read_jsonl
 from engine.report import Silent
 from engine.session import Session
 from jobs.fronts import hypervolume, pareto
@@ -40,7 +40,11 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 @dataclass(frozen=True)
 class Found:
-    """One search: its front's hypervolume, its pick with both scores, and its duration."""
+    """One search: its front's hypervolume, its pick with both scores, and its processor seconds.
+
+    Processor time is what other work on the machine changes least; with one thread it is the
+    duration on a quiet machine.
+    """
 
     hypervolume: float
     pick: Candidate
@@ -52,10 +56,7 @@ class Found:
 
 def texts() -> PromptTexts:
     """The demo's prompts by role."""
-    rows = {
-        name: [json.loads(line) for line in prompt_file(name).open(encoding="utf-8")]
-        for name in ("refused", "answered")
-    }
+    rows = {name: read_jsonl(prompt_file(name)) for name in ("refused", "answered")}
     sides = {"harmful": "refused", "harmless": "answered"}
     return PromptTexts.model_validate(
         {
@@ -90,7 +91,7 @@ def find(
     `limit` changes each candidate before it is scored, so that only a part of what it edits is
     edited. The pick has the fewest refusals of search prompts, and among those the least KL.
     """
-    began = time.monotonic()
+    began = time.process_time()
     layers = session.ready.anatomy.layers
     done: list[tuple[Candidate, Scored]] = []
     if METHODS[method].kind == "fixed":
@@ -106,7 +107,7 @@ def find(
     best = min(pareto(points), key=lambda index: points[index])
     pick, search = done[best]
     heldout = scored(session, pick, "heldout")
-    seconds = time.monotonic() - began
+    seconds = time.process_time() - began
     return Found(hypervolume(points), pick, search, heldout, len(done), seconds)
 
 

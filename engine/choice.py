@@ -41,6 +41,11 @@ class Choice:
             suppressed_first=tuple(getattr(config, "begin_suppress_tokens", None) or ()),
         )
 
+    @property
+    def plain(self) -> bool:
+        """Whether the most likely token is always chosen, whatever stands before it."""
+        return self == Choice()
+
     def start(self, ids: Tensor, mask: Tensor, vocabulary: int) -> Chooser:
         """For a batch of prompts `ids` under `mask`, both (rows, t)."""
         return Chooser(self, ids, mask, vocabulary)

@@ -2,7 +2,8 @@
 
 The slow twin is `model.generate(do_sample=False)` on really replaced weights: the same tokens, row
 for row. What is faster here: rows that have ended or whose outcome is decided leave the batch and
-the key-value cache, candidates share the batch, and nothing waits for the device between checks.
+the key-value cache, candidates share the batch, earlier answers are drafts of new ones
+(`engine.drafts`), and nothing waits for the device between checks.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
-from engine.choice import Choice, end_tokens, until
+from engine.choice import Choice, end_tokens
+from engine.drafts import Drafts
 from engine.errors import EngineError
 from engine.loading.placement import input_device
+from engine.lower import Lower
 from engine.memory import (
     Shape,
     decode_row,
@@ -29,32 +31,17 @@ from engine.memory import (
     release,
 )
 from engine.report import Report
+from engine.rounds import ORIGINAL, Answer, Plan, Row, decode
 
 if TYPE_CHECKING:
     from engine.edit import Edit
     from engine.patch import Patch
 
-ORIGINAL = -1  # a row's edit: none
-DROP_SHARE = 1 / 16  # finished rows are dropped once they are this share of the batch
+__all__ = ["ORIGINAL", "Answer", "Decoder", "Row"]
+
 REPLACEMENT = "\ufffd"  # what a tokenizer writes for bytes that are no character
 LONGEST_CHARACTER = 4  # bytes of UTF-8
-
-
-@dataclass(frozen=True)
-class Row:
-    """One prompt to answer: its token ids, and the place of its edit in the list of edits."""
-
-    ids: list[int]
-    edit: int = ORIGINAL
-
-
-@dataclass
-class Answer:
-    """What the model answered: tokens without the end token, and whether it ended by itself."""
-
-    tokens: list[int]
-    text: str
-    ended: bool
+OVERHEAD = {"cpu": 32, "cuda": 512}  # cost of one forward beside its tokens, in tokens
 
 
 class Decoder:
@@ -68,6 +55,8 @@ class Decoder:
     limit     rows at once at most; halved for good when memory runs out
     pads      whether rows of different lengths may share a batch (`engine.shortcuts`)
     caches    whether a step reads the newest token alone; else all tokens again
+    drafts    earlier answers, of which new ones are made faster; None where the model bears none
+    lower     what the original computes below an edit, kept; None where the model does not bear it
     """
 
     def __init__(
@@ -83,7 +72,10 @@ class Decoder:
         self.batch_size = 1
         self.limit = limit
         self.pads = self.caches = True
+        self.drafts: Drafts | None = None
+        self.lower: Lower | None = None
         self.device = input_device(model)
+        self.overhead = OVERHEAD.get(self.device.type, OVERHEAD["cpu"])
         known = inspect.signature(model.forward).parameters
         self._takes = {n for n in ("position_ids", "logits_to_keep") if n in known}
         self._cache_name = "cache_params" if "cache_params" in known else "past_key_values"
@@ -123,17 +115,26 @@ class Decoder:
             if on_text is not None:
                 on_text(index, answer.text)
 
+        plan = Plan(max_new_tokens, decided, on_text, finish)
         order = sorted(range(len(rows)), key=lambda index: (len(rows[index].ids), index))
         while order:
             batch = order[-self.batch_size :]  # the longest first: if memory runs out, it does now
             with self.surviving(len(batch)):
-                steps = self._batch(rows, batch, edits, max_new_tokens, decided, on_text, finish)
-                for _ in steps:
+                for _ in decode(self, rows, batch, edits, plan):
                     report.progress(phase, len(found), len(rows))
             order = [index for index in order if index not in found]
         report.progress(phase, len(rows), len(rows))
         self.select([], [])  # no edit stays behind
+        if self.lower is not None and plan.answered:
+            self.lower.learn(self, plan.answered)
         return [found[index] for index in range(len(rows))]
+
+    def together(self, lengths: Sequence[int], most: int) -> int:
+        """How many of the rows to read at once, at most `most`, so that padding and the overhead of
+        a forward cost least; `lengths` of all that wait, the longest first."""
+        useful = list(accumulate(lengths[:most]))
+        cost = [lengths[0] * n + self.overhead for n in range(1, len(useful) + 1)]
+        return 1 + min(range(len(useful)), key=lambda k: cost[k] / useful[k])
 
     @contextmanager
     def surviving(self, rows: int) -> Iterator[None]:
@@ -201,78 +202,6 @@ class Decoder:
             more["logits_to_keep"] = keep
         return self.model(input_ids=ids, attention_mask=seen, **more)
 
-    def _batch(
-        self,
-        rows: Sequence[Row],
-        batch: list[int],
-        edits: Sequence[Edit],
-        max_new_tokens: int,
-        decided: Callable[[str], bool] | None,
-        on_text: Callable[[int, str], None] | None,
-        finish: Callable[[int, Answer], None],
-    ) -> Iterator[None]:
-        """Decode the rows numbered `batch`, yielding after every check."""
-        # 1. the prompts: one forward fills the cache and gives the first token's logits
-        live, done = list(batch), set[int]()
-        ids, mask = self.padded([rows[index].ids for index in live])
-        self._select_used(edits, [rows[index].edit for index in live])
-        choose = self.choice.start(ids, mask, self.text_config.vocab_size)
-        cache: Any = DynamicCache(config=self.text_config) if self.caches else None
-        output = self.forward(ids, mask, 1, cache)
-
-        tokens: dict[int, list[int]] = {index: [] for index in live}
-        fresh: list[Tensor] = []
-        for step in range(1, max_new_tokens + 1):
-            # 2. the next token of every row, left on the device
-            newest = choose(output.logits[:, -1, :])
-            fresh.append(newest)
-            last = step == max_new_tokens
-            if last or step % self._stride(step) == 0:
-                # 3. every few tokens: which rows have ended or are decided?
-                for index, new in zip(live, torch.stack(fresh, dim=1).tolist(), strict=True):
-                    tokens[index] += new
-                fresh = []
-                for index, answer in self._read(live, done, tokens):
-                    if answer.ended or last or (decided is not None and decided(answer.text)):
-                        done.add(index)
-                        finish(index, answer)
-                    elif on_text is not None:
-                        on_text(index, answer.text)
-                yield
-                # 4. finished rows leave the batch, the cache and the patch
-                kept = [b for b, index in enumerate(live) if index not in done]
-                if not kept:
-                    return
-                if len(live) - len(kept) >= DROP_SHARE * len(live):
-                    live = [live[b] for b in kept]
-                    places = torch.tensor(kept, device=self.device)
-                    ids, newest, mask = ids[places], newest[places], mask[places]
-                    if cache is not None:
-                        cache.reorder_cache(places)  # an index_select: good for dropping rows too
-                    choose.keep(places)
-                    if self.patch is not None:
-                        self.patch.keep(places)
-            # 5. one forward of one token a row
-            mask = torch.cat([mask, mask.new_ones(len(live), 1)], dim=1)
-            ids = newest[:, None] if self.caches else torch.cat([ids, newest[:, None]], dim=1)
-            output = self.forward(ids, mask, 1, cache)
-
-    def _select_used(self, edits: Sequence[Edit], rows: list[int]) -> None:
-        """Select only those of `edits` that a batch uses: each costs memory in every writer."""
-        used = sorted(set(rows) - {ORIGINAL})
-        place = {edit: number for number, edit in enumerate(used)} | {ORIGINAL: ORIGINAL}
-        self.select([edits[edit] for edit in used], [place[row] for row in rows])
-
-    def _read(
-        self, live: list[int], done: set[int], tokens: dict[int, list[int]]
-    ) -> Iterator[tuple[int, Answer]]:
-        """The answers so far of the rows that are not done, in one detokenisation."""
-        open_rows = [index for index in live if index not in done]
-        cut = [until(tokens[index], self.ends) for index in open_rows]
-        texts = self.texts([self.opening + answer for answer, _ in cut])
-        for index, (answer, ended), text in zip(open_rows, cut, texts, strict=True):
-            yield index, Answer(answer, text, ended)
-
     def texts(self, tokens: list[list[int]], special: bool = False) -> list[str]:
         """The texts of several answers; `special` keeps special tokens in them.
 
@@ -288,12 +217,14 @@ class Decoder:
         return found
 
     def _decoded(self, tokens: list[list[int]], special: bool) -> list[str]:
+        if not tokens:
+            return []
         decoded = self.tokenizer.batch_decode(
             tokens, skip_special_tokens=not special, clean_up_tokenization_spaces=False
         )
         return list(decoded)
 
-    def _stride(self, step: int) -> int:
+    def stride(self, step: int) -> int:
         """Tokens between two checks: a check costs a wait for the device and a detokenisation."""
         if self.device.type == "cpu":
             return 2

@@ -27,7 +27,7 @@ from engine.samples import collect_samples
 from engine.scorers import RoleSet
 from engine.scorers.further import Further
 from engine.scorers.refusals import Refusals
-from engine.shortcuts import choose_shortcuts
+from engine.shortcuts import choose_lower, choose_shortcuts
 from engine.texts import check_texts, context_of, tokenised
 from jobs.spec.protocol import AnatomyReport, Geometry, Prepare, Prepared
 from jobs.spec.scores import Role
@@ -135,7 +135,10 @@ def prepare(request: Prepare, report: Report) -> Ready:
     patch = None if anatomy is None else Patch(anatomy)
     decoder = Decoder(loaded.model, loaded.tokenizer, patch, limit=request.batch_size)
     with clock.phase("shortcuts"):
-        slow = choose_shortcuts(decoder, formatter.ids("How do I mop the floor?"))
+        example = formatter.ids("How do I mop the floor?")
+        slow = choose_shortcuts(decoder, example)
+        if anatomy is not None:
+            choose_lower(decoder, anatomy, loaded.weight_bytes, example)
     if request.purpose != "respond":
         with clock.phase("response prefix"):
             formatter.prefix = response_prefix(formatter, decoder, request, report)

@@ -1,11 +1,15 @@
-"""Two shortcuts of decoding that a few architectures do not bear: tried before all else.
+"""Four shortcuts of decoding that some architectures do not bear: tried before all else.
 
 padding   rows of different lengths share a batch, filled up on the left under a mask. Recurrent
           models without a mask (RWKV, xLSTM) read the padding, as does DeepSeek V4's compression.
 cache     a step reads the newest token alone, the others' keys and values are kept. Some models
           keep nothing (OpenAI GPT), or in a way of their own (RWKV, MiniMax).
+drafts    earlier answers are verified in one forward, and what was wrong is taken out of the cache
+          again: only where it holds the keys and values of all tokens and nothing else.
+lower     forwards begin behind the blocks that an edit leaves as they were: only where each block
+          runs once and passes one stream to the next.
 
-Both would give wrong answers in silence, so each is compared with slow twins.
+All would give wrong answers in silence, so each is compared with slow twins.
 """
 
 from __future__ import annotations
@@ -15,13 +19,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
 
+from engine.anatomy import Anatomy
+from engine.batch import Batch
 from engine.decode import Decoder
+from engine.drafts import Drafts
+from engine.lower import Lower
 from engine.memory import is_out_of_memory
 
 CUTS = (0, 1, 3, 6)  # tokens left out at the front of each row that is tried
 FEWEST = 4  # tokens of a row
+DRAFTED = 8  # tokens of the answers that are compared
 EXACT, ROUNDED = 0.01, 0.05  # relative errors of the logits, in float32 and in narrower types
 
 
@@ -48,7 +58,61 @@ def choose_shortcuts(decoder: Decoder, ids: Sequence[int]) -> list[str]:
             f"{type(decoder.model).__name__} does not decode from a cache of keys and values: "
             "every token reads the whole answer again, which takes longer."
         )
+    decoder.drafts = _drafts(decoder, rows)
     return warnings
+
+
+def _drafts(decoder: Decoder, rows: list[list[int]]) -> Drafts | None:
+    """Drafts where the model gives the same tokens with them, right and wrong ones, as without."""
+    if not (decoder.pads and decoder.caches) or _mixes_rows(decoder):
+        return None
+    try:
+        plain = Batch(decoder, rows, [[] for _ in rows], DRAFTED, drafts=False)
+        plain.step(DRAFTED)
+        batch = Batch(decoder, rows, [[] for _ in rows], DRAFTED, drafts=True)
+        if not batch.drafts:
+            return None
+        while (had := min(map(len, batch.tokens))) < DRAFTED:
+            right = [
+                truth[len(own) :] for truth, own in zip(plain.tokens, batch.tokens, strict=True)
+            ]
+            wrong = [[*rest[:cut], decoder.pad] for cut, rest in enumerate(right, start=had)]
+            batch.verify([draft[: DRAFTED - had] for draft in wrong])
+    except Exception as error:  # what a model says to such a cache, we cannot list
+        if is_out_of_memory(error):
+            raise
+        return None
+    same = [own[:DRAFTED] == truth for own, truth in zip(batch.tokens, plain.tokens, strict=True)]
+    return Drafts() if sum(same) > len(rows) // 2 else None
+
+
+@torch.inference_mode()
+def choose_lower(decoder: Decoder, anatomy: Anatomy, weight_bytes: int, ids: Sequence[int]) -> None:
+    """Set the decoder's `lower` where forwards from every station give what whole ones give."""
+    if not decoder.pads or _mixes_rows(decoder):
+        return
+    known = [*ids] * -(-(max(CUTS) + FEWEST) // len(ids))
+    rows = [known[cut:] for cut in CUTS]
+    lower = Lower(anatomy, weight_bytes)
+    truth = _last_logits(decoder, rows)
+    try:
+        states = lower.read(decoder, rows)
+        for place, station in enumerate(lower.stations):
+            padded = [pad(one[place], (0, 0, len(rows[0]) - len(one[place]), 0)) for one in states]
+            with lower.skipping(station, torch.stack(padded)):
+                if not _alike(decoder, _last_logits(decoder, rows), truth):
+                    return
+    except Exception as error:  # what a model says to blocks that are left out, we cannot list
+        if is_out_of_memory(error):
+            raise
+        return
+    decoder.lower = lower
+
+
+def _mixes_rows(decoder: Decoder) -> bool:
+    """LLM.int8 picks its outliers over the whole batch: what a row says depends on what is read
+    with it, so that only plain decoding gives the same answers again."""
+    return bool(getattr(decoder.model, "is_loaded_in_8bit", False))
 
 
 def _caches(decoder: Decoder, rows: list[list[int]]) -> bool:

@@ -5,7 +5,8 @@
 
 `active` are the numbers that one token's forward multiplies with, and two operations each. A share
 of the data sheet's peak is reached in practice (`REACHED`); blocks cost a fixed time per step on a
-GPU, where they are many small kernels. Answers are taken to run to their limit.
+GPU, where they are many small kernels. Answers are taken to run to their limit, and what drafts and
+kept states save (docs/speed.md) is left out: a search mostly takes less.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ DEQUANTISED = 3.0  # reading a packed weight costs this many times its bytes
 class Device:
     """Dense 16-bit operations and bytes of memory a second.
 
-    For GPUs the vendor's data sheet; for CPUs measured with the engine itself (bench/memory.md).
+    For GPUs the vendor's data sheet; for CPUs what plain decoding of the demo model comes to
+    (bench/levers.md).
     """
 
     name: str

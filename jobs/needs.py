@@ -17,10 +17,12 @@ from jobs.spec.memory import (
     CUDA_ROWS,
     KL_CHUNK,
     KL_ROWS,
+    STATIONS,
     block_row,
     cache_row,
     decode_row,
     logits_row,
+    lower_bytes,
 )
 from jobs.spec.methods import METHODS
 from jobs.spec.shape import FLOAT32, Shape
@@ -166,7 +168,8 @@ def _phases(spec: JobSpec, shape: Shape, weights: Weights, work: Workload) -> li
     originals = {"originals": states["originals"]}
     # Stacks are edited in place; the original is kept beside, by a GPU on the host.
     stacks = w * weights.stacked if edits and on_cpu else 0
-    held = {"bases": bases, "edits": chosen, "stacks": stacks, **originals}
+    lower = _lower(shape, work, loaded) if edits and on_cpu else 0
+    held = {"bases": bases, "edits": chosen, "stacks": stacks, "lower": lower, **originals}
     # A matrix is packed from 16 bits; a block's experts are stacked from matrices of their own.
     packing = 2 * weights.widest if packed else 0
     stacking = 2 * w * weights.experts // max(1, shape.layers) if weights.converted else 0
@@ -228,6 +231,12 @@ def _states(shape: Shape, work: Workload) -> dict[str, int]:
     return {"states": 2 * one * FLOAT32 + one * 8, "originals": originals}
 
 
+def _lower(shape: Shape, work: Workload, loaded: int) -> int:
+    """What the original computes below edits, of all prompts with their answers (host memory)."""
+    tokens = (work.scored + work.heldout) * (2 * work.prompt + work.compared + work.new)
+    return min(lower_bytes(loaded), STATIONS * tokens * shape.hidden * shape.width)
+
+
 def _samples(weights: Weights, shape: Shape) -> int:
     """ARA's inputs and outputs of both sides: 8 bytes × prompts × (n + d) of every writer."""
     vectors = weights.bases // (FLOAT32 * max(1, 2 * shape.layers))  # about n + d/2 of all writers
@@ -238,7 +247,8 @@ def _host(spec: JobSpec, shape: Shape, weights: Weights, work: Workload) -> int:
     """Host memory of a CUDA job besides the libraries; the files are mapped, not read."""
     samples = _samples(weights, shape) if "ara" in spec.methods else 0
     stacks = shape.width * weights.stacked
-    return sum(_states(shape, work).values()) + samples + stacks + 2 * weights.widest
+    lower = _lower(shape, work, weights.loaded(spec.quantization, shape.width))
+    return sum(_states(shape, work).values()) + samples + stacks + lower + 2 * weights.widest
 
 
 def _kinds_of_bases(spec: JobSpec) -> int:

@@ -17,17 +17,18 @@ and both sides of the divergence come from the same matrix product.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import pad
 
 from engine.decode import ORIGINAL, Answer, Decoder
-from engine.errors import EngineError
+from engine.head import entering_head
 from engine.memory import FLOAT32, Shape, forward_row, free_bytes
 from engine.report import Report
 from jobs.spec.memory import KL_CHUNK, KL_ROWS, KL_SHARE
@@ -80,13 +81,15 @@ def reread(
     states: dict[int, Tensor] = {}
     pending = sorted(range(len(inputs)), key=lambda place: -len(inputs[place]))
     while pending:
-        batch = pending[: _rows(decoder, inputs, counts)]
+        # The same batches as in `divergences`, so that the original does not differ from itself.
+        lengths = [len(inputs[place]) for place in pending]
+        batch = pending[: decoder.together(lengths, _rows(decoder, inputs, counts))]
         with decoder.surviving(len(batch)):
             keep = max(counts[place] for place in batch)
             decoder.select([], [])
             ids, mask = decoder.padded([inputs[place] for place in batch])
             seen: list[Tensor] = []
-            with _entering_head(decoder.model, partial(_keep, seen)):
+            with entering_head(decoder.model, partial(_keep, seen)):
                 decoder.forward(ids, mask, keep)
             for place, row in zip(batch, seen[0], strict=True):
                 states[place] = row[-counts[place] :].to("cpu", copy=True)
@@ -108,12 +111,15 @@ def divergences(
     pending = [(place, number) for place in prompts for number in numbers]  # prompts share a batch
     total = len(pending)
     while pending:
-        batch = pending[: _rows(decoder, inputs, counts)]
+        lengths = [len(inputs[place]) for place, _ in pending]
+        batch = pending[: decoder.together(lengths, _rows(decoder, inputs, counts))]
         with decoder.surviving(len(batch)):
             found.update(zip(batch, _of_batch(decoder, reference, edits, batch), strict=True))
         pending = [pair for pair in pending if pair not in found]
         report.progress(phase, len(found), total)
     decoder.select([], [])  # no edit stays behind
+    if decoder.lower is not None and edits:
+        decoder.lower.learn(decoder, inputs)
     return [mean_divergence([found[place, number] for place in prompts]) for number in numbers]
 
 
@@ -125,7 +131,8 @@ def _of_batch(
     originals = [reference.states[place] for place in distinct]
     keep = max(map(len, originals))
     decoder.select(edits, [number for _, number in batch])
-    ids, mask = decoder.padded([reference.inputs[place] for place, _ in batch])
+    inputs = [reference.inputs[place] for place, _ in batch]
+    ids, mask = decoder.padded(inputs)
 
     def append(states: Tensor) -> Tensor:
         """(rows, ≥ keep, d) -> (rows + prompts, keep, d): the originals below, aligned right."""
@@ -134,7 +141,8 @@ def _of_batch(
             row[-len(original) :] = original.to(states.device)
         return torch.cat([states[:, -keep:], below])
 
-    with _entering_head(decoder.model, append):
+    used = [edits[number] for number in {number for _, number in batch} if number != ORIGINAL]
+    with entering_head(decoder.model, append), _shortened(decoder, inputs, used):
         logits = decoder.forward(ids, mask, keep).logits  # (rows + prompts, T, V)
     below = {place: len(batch) + number for number, place in enumerate(distinct)}
     return [
@@ -142,6 +150,23 @@ def _of_batch(
         for row, (place, _) in enumerate(batch)
         for count in [len(reference.states[place])]
     ]
+
+
+def _shortened(
+    decoder: Decoder, inputs: Sequence[list[int]], edits: Sequence[Edit]
+) -> AbstractContextManager[None]:
+    """Within it, a forward of `inputs` leaves out the blocks that are known to do what they do in
+    the original."""
+    station = 0 if decoder.lower is None else decoder.lower.station(edits)
+    if decoder.lower is None or not station:
+        return nullcontext()
+    known = [decoder.lower.states(ids, station) for ids in inputs]
+    states = [one for one in known if one is not None]
+    if len(states) < len(known):
+        return nullcontext()
+    width = max(map(len, states))
+    padded = torch.stack([pad(one, (0, 0, width - len(one), 0)) for one in states])
+    return decoder.lower.skipping(station, padded)
 
 
 def divergence(original: Tensor, edited: Tensor) -> Tensor:
@@ -193,34 +218,3 @@ def _keep(seen: list[Tensor], states: Tensor) -> Tensor:
     """Keep all states; let the head compute one position only."""
     seen.append(states)
     return states[:, -1:]
-
-
-def _head(model: Any) -> nn.Module | None:
-    """The output head; a model around another one may not know of it."""
-    for part in model.modules():
-        if hasattr(part, "get_output_embeddings"):
-            head = part.get_output_embeddings()
-            if isinstance(head, nn.Module):
-                return head
-    return None
-
-
-@contextmanager
-def _entering_head(model: Any, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the block, what enters the output head, (rows, t, d), is `change` of it."""
-    head = _head(model)
-    if head is None:
-        raise EngineError(
-            "unsupported_architecture",
-            f"{type(model).__name__} has no output head (get_output_embeddings)",
-            "Choose a decoder-only language model.",
-        )
-
-    def before(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (change(given[0]), *given[1:])
-
-    handle = head.register_forward_pre_hook(before)
-    try:
-        yield
-    finally:
-        handle.remove()

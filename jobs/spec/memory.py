@@ -29,6 +29,9 @@ CPU_ROWS = 128  # a CPU is bound by arithmetic much earlier
 KL_ROWS = 256  # of one forward that compares distributions
 KL_CHUNK = 1 << 24  # logits that are held in float32 at once, in three tensors
 KL_SHARE = 0.5  # of the free memory, for one such forward
+STATIONS = 6  # blocks before which the original's states are kept, eighths of the depth
+LEAST_LOWER = 64 << 20  # bytes
+LOWER_SHARE = 0.05  # of the weights
 
 
 def cache_row(shape: Shape, tokens: int) -> int:
@@ -76,6 +79,11 @@ def fitting(free: int, per_row: int, kind: Literal["cuda", "cpu"]) -> int:
     """How many rows of `per_row` bytes fit into `free` bytes: 1 at least, a cap at most."""
     share, cap = (CUDA_SHARE, CUDA_ROWS) if kind == "cuda" else (CPU_SHARE, CPU_ROWS)
     return max(1, min(cap, int(free * share) // max(1, per_row)))
+
+
+def lower_bytes(weights: int) -> int:
+    """Bytes of host memory, at most, for the original's states of sequences that come again."""
+    return max(LEAST_LOWER, int(LOWER_SHARE * weights))
 
 
 def basis_bytes(layers: int, d: int, n: int, matrices: int = 1) -> int:

@@ -128,13 +128,6 @@ def test_figures_are_those_of_the_command(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_unknown_tasks_are_named(session: Session) -> None:
-    with pytest.raises(EngineError, match="no_such_task") as caught:
-        session.handle(Benchmark(tasks=["no_such_task"]), Silent())
-    assert caught.value.reason == "bad_request" and "task folder" in caught.value.mend
-
-
-@pytest.mark.filterwarnings("ignore")
 def test_limits_and_stops(session: Session, tasks: Path) -> None:
     found = session.handle(Benchmark(tasks=["floors"], task_folder=str(tasks), limit=5), Silent())
     assert isinstance(found, Benchmarked) and found.values["floors.acc"].n == 5
@@ -149,7 +142,8 @@ def test_limits_and_stops(session: Session, tasks: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_planned_task_that_is_unknown_costs_nothing(session: Session, tasks: Path) -> None:
+def test_unknown_tasks_are_named_before_any_is_run(session: Session, tasks: Path) -> None:
     request = Benchmark(tasks=["floors"], planned=["no_such_task"], task_folder=str(tasks))
-    with pytest.raises(EngineError, match="no_such_task"):
+    with pytest.raises(EngineError, match="no_such_task") as caught:
         session.handle(request, Silent())
+    assert caught.value.reason == "bad_request" and "task folder" in caught.value.mend

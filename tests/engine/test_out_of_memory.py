@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS
 SPARE_MB = 100  # of address space; the free run takes about 400 MB more than the model
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_free_run(tmp_path: Path) -> None:
     """Two candidates of 48 prompts: 96 rows at once do not fit, and the scores stay the same."""
     run = subprocess.run(
