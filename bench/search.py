@@ -111,11 +111,9 @@ def find(
     return Found(hypervolume(points), pick, search, heldout, len(done), seconds)
 
 
-def _searched(
-    session: Session, method: MethodName, layers: int, trials: int, seed: int, limit: Limit
-) -> list[tuple[Candidate, Scored]]:
-    """Single pass and plain point first, as in a job; then TPE."""
-    study = optuna.create_study(
+def study_of(trials: int, seed: int) -> optuna.Study:
+    """An empty study of refusals and divergence, sampled as a job's are."""
+    return optuna.create_study(
         directions=["minimize", "minimize"],
         sampler=TPESampler(
             n_startup_trials=int(STARTUP * trials),
@@ -124,6 +122,13 @@ def _searched(
             seed=seed,
         ),
     )
+
+
+def _searched(
+    session: Session, method: MethodName, layers: int, trials: int, seed: int, limit: Limit
+) -> list[tuple[Candidate, Scored]]:
+    """Single pass and plain point first, as in a job; then TPE."""
+    study = study_of(trials, seed)
     table, done = space(layers, method), list[tuple[Candidate, Scored]]()
     for number in range(trials):
         if number < plain_number(method):

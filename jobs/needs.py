@@ -16,10 +16,10 @@ from jobs.spec.memory import (
     CPU_ROWS,
     CUDA_ROWS,
     KL_CHUNK,
-    KL_ROWS,
     STATIONS,
     block_row,
     cache_row,
+    compared_rows,
     decode_row,
     logits_row,
     lower_bytes,
@@ -213,7 +213,7 @@ def _decoding(shape: Shape, rows: int, prompt: int, new: int) -> dict[str, int]:
 
 def _comparing(shape: Shape, work: Workload, group: int) -> dict[str, int]:
     """One forward of the second KL, with the originals' logits below the edited ones."""
-    rows = min(KL_ROWS, work.rows(group * work.scored))
+    rows = min(compared_rows(shape, work.compared), work.rows(group * work.scored))
     tokens = work.prompt + work.compared
     originals = -(-rows // group) * logits_row(shape, work.compared)
     floats = 3 * FLOAT32 * min(max(KL_CHUNK, shape.vocabulary), work.compared * shape.vocabulary)

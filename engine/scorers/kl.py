@@ -31,7 +31,7 @@ from engine.decode import ORIGINAL, Answer, Decoder
 from engine.head import entering_head
 from engine.memory import FLOAT32, Shape, forward_row, free_bytes
 from engine.report import Report
-from jobs.spec.memory import KL_CHUNK, KL_ROWS, KL_SHARE
+from jobs.spec.memory import KL_CHUNK, KL_SHARE, compared_rows
 
 if TYPE_CHECKING:
     from engine.edit import Edit
@@ -206,7 +206,8 @@ def _rows(decoder: Decoder, inputs: Sequence[list[int]], counts: Sequence[int]) 
     row = forward_row(shape, max(map(len, inputs)), 2 * max(counts))
     floats = 3 * FLOAT32 * max(KL_CHUNK, shape.vocabulary)
     free = free_bytes(decoder.device) - floats
-    return max(1, min(decoder.batch_size, KL_ROWS, int(free * KL_SHARE) // row))
+    rows = compared_rows(shape, max(counts))
+    return max(1, min(decoder.batch_size, rows, int(free * KL_SHARE) // row))
 
 
 def _width(model: Any) -> int:

@@ -27,6 +27,7 @@ CPU_SHARE = 0.5  # other processes live in the same memory
 CUDA_ROWS = 1024  # beyond this decoding is bound by arithmetic and gains nothing
 CPU_ROWS = 128  # a CPU is bound by arithmetic much earlier
 KL_ROWS = 256  # of one forward that compares distributions
+KL_LOGITS = 1 << 28  # bytes of logits that it makes; more rows gain nothing
 KL_CHUNK = 1 << 24  # logits that are held in float32 at once, in three tensors
 KL_SHARE = 0.5  # of the free memory, for one such forward
 STATIONS = 6  # blocks before which the original's states are kept, eighths of the depth
@@ -73,6 +74,14 @@ def forward_row(shape: Shape, tokens: int, scored: int) -> int:
     """Bytes of one row of a forward without cache that keeps the logits of `scored` positions."""
     stream = tokens * shape.hidden * shape.width
     return max(block_row(shape, tokens), stream + logits_row(shape, scored))
+
+
+def compared_rows(shape: Shape, positions: int) -> int:
+    """Rows of one forward that compares distributions at `positions` of each.
+
+    The original's logits come on top of the edited ones, at worst as many.
+    """
+    return max(1, min(KL_ROWS, KL_LOGITS // max(1, 2 * logits_row(shape, positions))))
 
 
 def fitting(free: int, per_row: int, kind: Literal["cuda", "cpu"]) -> int:
