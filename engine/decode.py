@@ -55,6 +55,8 @@ class Decoder:
     limit     rows at once at most; halved for good when memory runs out
     pads      whether rows of different lengths may share a batch (`engine.shortcuts`)
     caches    whether a step reads the newest token alone; else all tokens again
+    mixes     whether what a row says depends on what shares its batch: LLM.int8 picks its outliers
+              over all of it, so that only plain decoding gives the same answers again
     drafts    earlier answers, of which new ones are made faster; None where the model bears none
     lower     what the original computes below an edit, kept; None where the model does not bear it
     """
@@ -72,6 +74,7 @@ class Decoder:
         self.batch_size = 1
         self.limit = limit
         self.pads = self.caches = True
+        self.mixes = bool(getattr(model, "is_loaded_in_8bit", False))
         self.drafts: Drafts | None = None
         self.lower: Lower | None = None
         self.device = input_device(model)
@@ -128,6 +131,27 @@ class Decoder:
         if self.lower is not None and plan.answered:
             self.lower.learn(self, plan.answered)
         return [found[index] for index in range(len(rows))]
+
+    def original_batches(
+        self,
+        inputs: Sequence[list[int]],
+        read: Callable[[list[int], Tensor, Tensor], None],
+        report: Report,
+        phase: str,
+    ) -> None:
+        """Read all of `inputs` with the original, the longest first, as many at once as fit.
+
+        read(places in `inputs`, ids, mask)   one batch; again in smaller ones if memory runs out
+        """
+        order = sorted(range(len(inputs)), key=lambda place: -len(inputs[place]))
+        done = 0
+        while done < len(order):
+            batch = order[done : done + self.batch_size]
+            with self.surviving(len(batch)):
+                self.select([], [])
+                read(batch, *self.padded([inputs[place] for place in batch]))
+                done += len(batch)
+            report.progress(phase, done, len(order))
 
     def together(self, lengths: Sequence[int], most: int) -> int:
         """How many of the rows to read at once, at most `most`, so that padding and the overhead of

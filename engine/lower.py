@@ -10,7 +10,6 @@ The truth is the forward of all blocks: `engine.shortcuts` compares the two befo
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from engine.anatomy import Anatomy
 from jobs.spec.memory import STATIONS, lower_bytes
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from engine.decode import Decoder
     from engine.edit import Edit
 
-TWICE = 2  # uses of a sequence after which its states are kept
 STALE = 8  # rounds without use after which they make room for others
 
 Sequenced = tuple[int, ...]
@@ -57,7 +56,7 @@ class Lower:
         self._budget = lower_bytes(weight_bytes)
         self._held = self._round = 0
         self._kept: dict[Sequenced, _Kept] = {}
-        self._uses: Counter[Sequenced] = Counter()
+        self._seen: set[int] = set()  # hashes of all sequences: thousands of answers stay small
 
     def station(self, edits: Sequence[Edit]) -> int:
         """The highest station that no edit reaches below; 0 where there is none."""
@@ -78,14 +77,15 @@ class Lower:
         return kept.states[self.stations.index(station)]
 
     def learn(self, decoder: Decoder, sequences: Sequence[list[int]]) -> None:
-        """Say that these sequences were read; keep the states of those that come back."""
+        """Say that these sequences were read; keep the states of those read before."""
         self._round += 1
         distinct = {tuple(ids): ids for ids in sequences}
-        self._uses.update(distinct.keys())
         wanted = [
-            ids for key, ids in distinct.items()
-            if self._uses[key] >= TWICE and key not in self._kept
-        ]  # fmt: skip
+            ids
+            for key, ids in distinct.items()
+            if hash(key) in self._seen and key not in self._kept
+        ]
+        self._seen.update(map(hash, distinct))
         if not wanted:
             return
         stale = [key for key, kept in self._kept.items() if self._round - kept.used > STALE]
@@ -144,6 +144,12 @@ class Lower:
                 del block.forward
                 if forward is not None:
                     block.forward = forward
+
+
+def padded(states: Sequence[Tensor]) -> Tensor:
+    """States (T, d) of several rows as (rows, longest, d), padded on the left as ids are."""
+    width = max(map(len, states))
+    return torch.stack([pad(one, (0, 0, width - len(one), 0)) for one in states])
 
 
 def _stream(output: Any) -> Tensor:

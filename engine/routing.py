@@ -35,24 +35,19 @@ def frequencies(
     of none (text does not run it, or it takes every token) is left out."""
     counts: dict[str, Tensor] = {}
     widths: dict[str, int] = {}
-    order = sorted(range(len(inputs)), key=lambda place: -len(inputs[place]))
-    done = 0
-    while done < len(order):
-        batch = order[done : done + decoder.batch_size]
-        with decoder.surviving(len(batch)):
-            decoder.select([], [])
-            ids, mask = decoder.padded([inputs[place] for place in batch])
-            with _listening(stacks, len(batch)) as heard:
-                decoder.forward(ids, mask, 1)
-            for stack in stacks:
-                if (index := heard.get(stack.name)) is None:
-                    continue
-                last = index[:, -tail:].flatten()
-                here = torch.bincount(last[last < stack.experts], minlength=stack.experts)
-                widths[stack.name] = index.shape[-1]
-                counts[stack.name] = counts.get(stack.name, 0) + here.cpu()
-            done += len(batch)
-        report.progress("routers", done, len(order))
+
+    def read(batch: list[int], ids: Tensor, mask: Tensor) -> None:
+        with _listening(stacks, len(batch)) as heard:
+            decoder.forward(ids, mask, 1)
+        for stack in stacks:
+            if (index := heard.get(stack.name)) is None:
+                continue
+            last = index[:, -tail:].flatten()
+            here = torch.bincount(last[last < stack.experts], minlength=stack.experts)
+            widths[stack.name] = index.shape[-1]
+            counts[stack.name] = counts.get(stack.name, 0) + here.cpu()
+
+    decoder.original_batches(inputs, read, report, "routers")
     tokens = len(inputs) * tail
     return {name: Choices(hits.double() / tokens, widths[name]) for name, hits in counts.items()}
 

@@ -155,26 +155,21 @@ def _read(
         else None
         for w in anatomy.writers
     ]
-    order = sorted(range(len(inputs)), key=lambda place: -len(inputs[place]))
-    done = 0
-    while done < len(order):
-        batch = order[done : done + decoder.batch_size]
-        with decoder.surviving(len(batch)):
-            decoder.select([], [])
-            ids, mask = decoder.padded([inputs[place] for place in batch])
-            with _watched(anatomy.writers, len(batch)) as seen:
-                decoder.forward(ids, mask, 1)
-            rows = torch.tensor(batch)
-            for place, kept in enumerate(found):
-                if place not in seen:
-                    found[place] = None
-                elif kept is not None:
-                    x, y = seen[place]
-                    kept[1][rows] = y
-                    if not outputs_only:
-                        kept[0][rows] = x
-            done += len(batch)
-        report.progress("writers' outputs", done, len(order))
+
+    def read(batch: list[int], ids: Tensor, mask: Tensor) -> None:
+        with _watched(anatomy.writers, len(batch)) as seen:
+            decoder.forward(ids, mask, 1)
+        rows = torch.tensor(batch)
+        for place, kept in enumerate(found):
+            if place not in seen:
+                found[place] = None
+            elif kept is not None:
+                x, y = seen[place]
+                kept[1][rows] = y
+                if not outputs_only:
+                    kept[0][rows] = x
+
+    decoder.original_batches(inputs, read, report, "writers' outputs")
     return found
 
 

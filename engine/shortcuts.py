@@ -19,14 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from engine.anatomy import Anatomy
 from engine.batch import Batch
 from engine.decode import Decoder
 from engine.drafts import Drafts
-from engine.lower import Lower
+from engine.lower import Lower, padded
 from engine.memory import is_out_of_memory
 
 CUTS = (0, 1, 3, 6)  # tokens left out at the front of each row that is tried
@@ -41,8 +40,7 @@ def choose_shortcuts(decoder: Decoder, ids: Sequence[int]) -> list[str]:
 
     The median over the rows decides: in 16 bits a router may send one row to another expert.
     """
-    known = [*ids] * -(-(max(CUTS) + FEWEST) // len(ids))
-    rows = [known[cut:] for cut in CUTS]
+    rows = _rows(ids)
     truth = torch.cat([_last_logits(decoder, [row]) for row in rows])
     warnings = []
     decoder.pads = _alike(decoder, _last_logits(decoder, rows), truth)
@@ -64,7 +62,7 @@ def choose_shortcuts(decoder: Decoder, ids: Sequence[int]) -> list[str]:
 
 def _drafts(decoder: Decoder, rows: list[list[int]]) -> Drafts | None:
     """Drafts where the model gives the same tokens with them, right and wrong ones, as without."""
-    if not (decoder.pads and decoder.caches) or _mixes_rows(decoder):
+    if not (decoder.pads and decoder.caches) or decoder.mixes:
         return None
     try:
         plain = Batch(decoder, rows, [[] for _ in rows], DRAFTED, drafts=False)
@@ -89,17 +87,15 @@ def _drafts(decoder: Decoder, rows: list[list[int]]) -> Drafts | None:
 @torch.inference_mode()
 def choose_lower(decoder: Decoder, anatomy: Anatomy, weight_bytes: int, ids: Sequence[int]) -> None:
     """Set the decoder's `lower` where forwards from every station give what whole ones give."""
-    if not decoder.pads or _mixes_rows(decoder):
+    if not decoder.pads or decoder.mixes:
         return
-    known = [*ids] * -(-(max(CUTS) + FEWEST) // len(ids))
-    rows = [known[cut:] for cut in CUTS]
+    rows = _rows(ids)
     lower = Lower(anatomy, weight_bytes)
     truth = _last_logits(decoder, rows)
     try:
         states = lower.read(decoder, rows)
         for place, station in enumerate(lower.stations):
-            padded = [pad(one[place], (0, 0, len(rows[0]) - len(one[place]), 0)) for one in states]
-            with lower.skipping(station, torch.stack(padded)):
+            with lower.skipping(station, padded([one[place] for one in states])):
                 if not _alike(decoder, _last_logits(decoder, rows), truth):
                     return
     except Exception as error:  # what a model says to blocks that are left out, we cannot list
@@ -109,10 +105,10 @@ def choose_lower(decoder: Decoder, anatomy: Anatomy, weight_bytes: int, ids: Seq
     decoder.lower = lower
 
 
-def _mixes_rows(decoder: Decoder) -> bool:
-    """LLM.int8 picks its outliers over the whole batch: what a row says depends on what is read
-    with it, so that only plain decoding gives the same answers again."""
-    return bool(getattr(decoder.model, "is_loaded_in_8bit", False))
+def _rows(ids: Sequence[int]) -> list[list[int]]:
+    """Rows of different lengths, made of the tokens `ids`."""
+    known = [*ids] * -(-(max(CUTS) + FEWEST) // len(ids))
+    return [known[cut:] for cut in CUTS]
 
 
 def _caches(decoder: Decoder, rows: list[list[int]]) -> bool:

@@ -63,8 +63,8 @@ def score(
     together = max(1, decoder.batch_size // max(1, len(prompts.harmful)))
     if decoder.patch is not None and not decoder.patch.batches:
         together = 1  # weights that are rewritten in place hold one edit at a time
-    if getattr(decoder.model, "is_loaded_in_8bit", False):
-        together = 1  # LLM.int8 picks its outliers over the whole batch: scores would depend on it
+    if decoder.mixes:
+        together = 1  # scores would depend on what shares the batch
     for start in range(0, len(numbers), together):  # edits that share their batches
         group = numbers[start : start + together]
         begun = time.monotonic()

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from engine.decode import ORIGINAL, Answer, Decoder
 from engine.head import entering_head
+from engine.lower import padded
 from engine.memory import FLOAT32, Shape, forward_row, free_bytes
 from engine.report import Report
 from jobs.spec.memory import KL_CHUNK, KL_SHARE, compared_rows
@@ -164,9 +164,7 @@ def _shortened(
     states = [one for one in known if one is not None]
     if len(states) < len(known):
         return nullcontext()
-    width = max(map(len, states))
-    padded = torch.stack([pad(one, (0, 0, width - len(one), 0)) for one in states])
-    return decoder.lower.skipping(station, padded)
+    return decoder.lower.skipping(station, padded(states))
 
 
 def divergence(original: Tensor, edited: Tensor) -> Tensor:
