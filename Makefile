@@ -4,6 +4,8 @@ export VENV
 BIN = $(VENV)/bin
 DEMO ?=
 TESTS ?=
+WORKERS ?= 2
+BENCHES ?= fronts methods memory experts levers ceilings sizes workers
 
 .PHONY: help demo up test test-slow lint format bench clean setup-user setup-dev
 
@@ -16,8 +18,10 @@ demo: setup-user ## the whole job on the demo model, from nothing to a downloade
 up: setup-user ## the service on this machine, until Ctrl-C
 	$(BIN)/nullspace up
 
-test: lint ## style, types, import contracts and every test that is not slow
-	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+# Each worker has servers of its own. A worker steals half of what another has still to do, so
+# modules stay together. The slow tests measure recovery times: they have the machine to themselves.
+test: lint ## style, types, import contracts and every test that is not slow; WORKERS=0: one process
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal $(TESTS)
 
 test-slow: setup-dev ## the slow tests: crash storms, long searches
 	$(BIN)/python -m pytest -m slow $(TESTS)
@@ -33,7 +37,7 @@ format: setup-dev ## put the style right
 	$(BIN)/ruff format .
 
 bench: setup-dev ## the measurements of bench/
-	@for name in $(basename $(notdir $(filter-out bench/__init__.py,$(wildcard bench/*.py)))); do \
+	@for name in $(BENCHES); do \
 		echo "bench.$$name"; $(BIN)/python -m bench.$$name || exit 1; done
 
 clean: ## remove what make made (not your data)

@@ -35,7 +35,7 @@ from jobs.spec.candidate import Candidate
 from jobs.spec.protocol import Score, ScoredBatch
 from worker.space import candidate_from, space
 
-Found = tuple[int, float, float]  # refusals, KL at the first token, KL over several
+Found = tuple[int, float]  # refusals, KL at the first token
 NEAR = 1e-3  # relative difference of two divergences
 
 
@@ -107,18 +107,18 @@ def asked(session: Session, trials: int, seed: int) -> list[Candidate]:
 
 def by_engine(session: Session, early: bool, candidate: Candidate) -> Found:
     """Scores by the engine."""
-    request = {"op": "score", "candidates": [candidate], "role": "search", "whole": not early}
-    result = session.handle(Score.model_validate(request), Silent())
+    request = Score(candidates=[candidate], whole=not early, kl_multi=False)
+    result = session.handle(request, Silent())
     assert isinstance(result, ScoredBatch)
     scores = result.scored[0].scores
-    return scores.refusals, float(scores.kl_first or 0), float(scores.kl_multi or 0)
+    return scores.refusals, float(scores.kl_first or 0)
 
 
 def generated(session: Session, candidate: Candidate) -> Found:
     """Scores by `generate`, all prompts in one batch, and one forward of the harmless ones."""
     ready = session.ready
     decoder, role = ready.decoder, ready.roles["search"]
-    assert role.reference is not None
+    assert role.first is not None
     edit = ready.builder.build(candidate)
     with decoder.edited(edit), torch.inference_mode():
         ids, mask = decoder.padded(role.harmful)
@@ -127,8 +127,8 @@ def generated(session: Session, candidate: Candidate) -> Found:
             max_new_tokens=ready.request.max_new_tokens, pad_token_id=decoder.pad,
         )  # fmt: skip
     texts = decoder.texts(made[:, ids.shape[1] :].tolist())
-    (moved,) = divergences(decoder, role.reference, [edit], Silent(), "divergence")
-    return sum(map(ready.refusals.is_refusal, texts)), moved.first, moved.multi
+    (moved,) = divergences(decoder, role.first, [edit], Silent(), "divergence")
+    return sum(map(ready.refusals.is_refusal, texts)), moved.first
 
 
 @contextmanager

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.samplers import TPESampler
 
 from demo import MODEL, prompt_file
 from demo.dataset import read_jsonl
@@ -17,6 +17,7 @@ from engine.report import Silent
 from engine.session import Session
 from jobs.fronts import hypervolume, pareto
 from jobs.spec.candidate import Candidate
+from jobs.spec.job import SamplerName
 from jobs.spec.methods import METHODS, MethodName
 from jobs.spec.protocol import (
     Prepare,
@@ -29,11 +30,10 @@ from jobs.spec.protocol import (
     Selected,
 )
 from jobs.spec.scores import wilson
+from worker.samplers import sampler, startup
 from worker.space import candidate_from, first, plain, plain_number, space
 
 Limit = Callable[[Candidate], Candidate]
-STARTUP = 0.3  # share of the trials that are random
-EI_CANDIDATES = 128
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -102,7 +102,8 @@ def find(
             chosen = selected.candidate
         done.append((chosen, scored(session, chosen)))
     else:
-        done = _searched(session, method, layers, trials, seed, limit)
+        found = steps(partial(scored, session), layers, method, trials, seed, limit)
+        done = [(step.candidate, step.scored) for step in found]
     points = [_point(result) for _, result in done]
     best = min(pareto(points), key=lambda index: points[index])
     pick, search = done[best]
@@ -114,39 +115,68 @@ def find(
 def study_of(trials: int, seed: int) -> optuna.Study:
     """An empty study of refusals and divergence, sampled as a job's are."""
     return optuna.create_study(
-        directions=["minimize", "minimize"],
-        sampler=TPESampler(
-            n_startup_trials=int(STARTUP * trials),
-            n_ei_candidates=EI_CANDIDATES,
-            multivariate=True,
-            seed=seed,
-        ),
+        directions=["minimize", "minimize"], sampler=sampler(seed, startup(trials), 0)
     )
 
 
-def _searched(
-    session: Session, method: MethodName, layers: int, trials: int, seed: int, limit: Limit
-) -> list[tuple[Candidate, Scored]]:
-    """Single pass and plain point first, as in a job; then TPE."""
-    study = study_of(trials, seed)
-    table, done = space(layers, method), list[tuple[Candidate, Scored]]()
-    for number in range(trials):
-        if number < plain_number(method):
-            candidate: Candidate = limit(first(layers, method))
-            done.append((candidate, scored(session, candidate)))
-            continue
-        if number == plain_number(method):
-            study.enqueue_trial(plain(layers, method))
-        trial = study.ask(table)
-        candidate = limit(candidate_from(trial.params, layers, method))
-        result = scored(session, candidate)
-        study.tell(trial, [float(result.scores.refusals), _point(result)[1]])
-        done.append((candidate, result))
-    return done
+@dataclass(frozen=True)
+class Step:
+    """One trial of a search, with the processor seconds of asking for it and of scoring it."""
+
+    candidate: Candidate
+    scored: Scored
+    sampling: float
+    scoring: float
+
+    @property
+    def point(self) -> tuple[float, float]:
+        """(refusal rate, KL)."""
+        return _point(self.scored)
+
+
+def steps(
+    score: Callable[[Candidate], Scored],
+    layers: int,
+    method: MethodName,
+    trials: int,
+    seed: int,
+    limit: Limit = lambda one: one,
+    name: SamplerName = "tpe",
+    batch: int = 1,
+    random: int | None = None,
+) -> Iterator[Step]:
+    """The trials of a search as a job's are: single pass and plain point, then the sampler's.
+
+    `batch` are asked for before the first of them is scored; `random` says how many are so.
+    """
+    study, table = study_of(trials, seed), space(layers, method)
+    begin = startup(trials) if random is None else random
+    for start in range(0, trials, batch):
+        asked: list[tuple[Candidate, optuna.Trial | None, float]] = []
+        for number in range(start, min(start + batch, trials)):
+            began = time.process_time()
+            if number < plain_number(method):
+                asked.append((limit(first(layers, method)), None, 0.0))
+                continue
+            if number == plain_number(method):
+                study.enqueue_trial(plain(layers, method))
+            study.sampler = sampler(seed, begin, number, name)
+            trial = study.ask(table)
+            candidate = limit(candidate_from(trial.params, layers, method))
+            asked.append((candidate, trial, time.process_time() - began))
+        for candidate, told, sampling in asked:
+            began = time.process_time()
+            result = score(candidate)
+            if told is not None:
+                prompts = len(result.outcomes) or result.scores.total
+                study.tell(told, [_point(result)[0] * prompts, _point(result)[1]])
+            yield Step(candidate, result, sampling, time.process_time() - began)
 
 
 def _point(result: Scored) -> tuple[float, float]:
-    return result.scores.refusals / result.scores.total, float(result.scores.kl_first or 0)
+    """Of a screened one the worst rate, as a job's sampler is told: it is on no front."""
+    rate = 1.0 if result.screened else result.scores.refusals / result.scores.total
+    return rate, float(result.scores.kl_first or 0)
 
 
 def count(result: Scored) -> str:

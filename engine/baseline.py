@@ -11,7 +11,7 @@ from engine.decode import Answer, Decoder, Row
 from engine.report import Report
 from engine.scorers import RoleSet, count
 from engine.scorers.further import Further, measured, require
-from engine.scorers.kl import Divergence, Reference, measure_reference
+from engine.scorers.kl import Divergence, Reference, measure_reference, reread
 from engine.scorers.log_odds import refusal_tokens
 from engine.scorers.perplexity import windows
 from engine.scorers.refusals import Refusals
@@ -89,6 +89,7 @@ def baseline(
             refused += [answer for answer in answers if refusals.is_refusal(answer.text)]
             roles[role] = _with_harmless(decoder, role, harmful, prompts, request, report)
         unmoved = None if role == "over_refusal" else Divergence(0.0, 0.0)
+        decoder.learn([Row(ids) for ids in harmful], answers)
         scored[role] = count(role, answers, unmoved, refusals, time.monotonic() - begun)
     further = Further(refusal_tokens(refused), pieces)
     for role, found in scored.items():
@@ -113,4 +114,8 @@ def _with_harmless(
     own = decoder.answers([Row(ids) for ids in harmless], [], new, report, f"{role} harmless")
     reference: Reference = measure_reference(decoder, harmless, own, request.kl_tokens, report)
     lengths = [min(len(answer.tokens), request.max_new_tokens) for answer in own] if whole else []
-    return RoleSet(role, harmful, reference, harmless, lengths)
+    first: Reference | None = None
+    if role == "search" and request.purpose == "abliterate":  # what each candidate is compared with
+        first = reread(decoder, harmless, [1] * len(harmless), report)
+        decoder.learn([], [], harmless)
+    return RoleSet(role, harmful, reference, harmless, lengths, first)

@@ -13,7 +13,7 @@ from engine.decode import Decoder
 from engine.load import load
 from engine.preparation import Ready
 from engine.report import Report
-from engine.scorers import RoleSet, score
+from engine.scorers import Asked, RoleSet, score
 from engine.scorers.further import Further
 from engine.scorers.kl import Divergence, divergence, mean_divergence
 from engine.scorers.perplexity import windows
@@ -63,10 +63,8 @@ def compare(ready: Ready, request: Compare, report: Report) -> Compared:
             continue
         prompts = _prompts(ready, role, formatter)
         decoder.reserve(max(map(len, prompts.harmful)), new)
-        (scored,) = score(
-            decoder, prompts, [], ready.refusals, new, report, early=False, names=request.scorers,
-            further=further,
-        )  # fmt: skip
+        asked = Asked(new, early=False, names=request.scorers, further=further)
+        (scored,) = score(decoder, prompts, [], ready.refusals, asked, report)
         if alike and (moved := _between(ready, role, decoder, report)) is not None:
             scored.scores.kl_first, scored.scores.kl_multi = moved.first, moved.multi
         found[role] = scored

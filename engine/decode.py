@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from engine.choice import Choice, end_tokens
 from engine.drafts import Drafts
 from engine.errors import EngineError
+from engine.lanes import MOST
 from engine.loading.placement import input_device
 from engine.lower import Lower
 from engine.memory import (
@@ -31,13 +33,13 @@ from engine.memory import (
     release,
 )
 from engine.report import Report
-from engine.rounds import ORIGINAL, Answer, Plan, Row, decode
+from engine.rounds import NOTHING, ORIGINAL, Answer, Plan, Row, decode
 
 if TYPE_CHECKING:
     from engine.edit import Edit
     from engine.patch import Patch
 
-__all__ = ["ORIGINAL", "Answer", "Decoder", "Row"]
+__all__ = ["NOTHING", "ORIGINAL", "Answer", "Decoder", "Row"]
 
 REPLACEMENT = "\ufffd"  # what a tokenizer writes for bytes that are no character
 LONGEST_CHARACTER = 4  # bytes of UTF-8
@@ -59,6 +61,7 @@ class Decoder:
               over all of it, so that only plain decoding gives the same answers again
     drafts    earlier answers, of which new ones are made faster; None where the model bears none
     lower     what the original computes below an edit, kept; None where the model does not bear it
+    sharing   decoders that score side by side, which share the free memory
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class Decoder:
         self.mixes = bool(getattr(model, "is_loaded_in_8bit", False))
         self.drafts: Drafts | None = None
         self.lower: Lower | None = None
+        self.sharing = 1
         self.device = input_device(model)
         self.overhead = OVERHEAD.get(self.device.type, OVERHEAD["cpu"])
         known = inspect.signature(model.forward).parameters
@@ -91,9 +95,18 @@ class Decoder:
     def reserve(self, prompt: int, new: int) -> int:
         """Set `batch_size` for prompts of up to `prompt` tokens and `new` tokens of answer."""
         shape = Shape.of(self.model.config, self.model.dtype.itemsize)
-        fit = fitting_rows(free_bytes(self.device), decode_row(shape, prompt, new), self.device)
+        free = free_bytes(self.device) // self.lanes
+        fit = fitting_rows(free, decode_row(shape, prompt, new), self.device)
         self.batch_size = min(fit, self.limit or fit) if self.pads else 1
         return self.batch_size
+
+    @property
+    def lanes(self) -> int:
+        """How many candidates may be scored side by side, a thread each (`engine.lanes`): on a CPU,
+        where no edit rewrites weights."""
+        if self.device.type != "cpu" or self.mixes or self.patch is None or not self.patch.batches:
+            return 1
+        return min(MOST, torch.get_num_threads())
 
     @torch.inference_mode()
     def answers(
@@ -105,11 +118,15 @@ class Decoder:
         phase: str,
         decided: Callable[[str], bool] | None = None,
         on_text: Callable[[int, str], None] | None = None,
+        on_answer: Callable[[int, Answer], None] | None = None,
+        needless: Callable[[int], bool] | None = None,
     ) -> list[Answer]:
         """The answers to `rows`, in their order.
 
-        decided(text so far)   true: the row leaves the batch, its answer is cut there
-        on_text(index, text)   the text so far of row `index`, every few tokens
+        decided(text so far)      true: the row leaves the batch, its answer is cut there
+        on_text(index, text)      the text so far of row `index`, every few tokens
+        on_answer(index, answer)  the answer of row `index`, as soon as it is known
+        needless(index)           true: the row leaves the batch, its answer is NOTHING
         """
         found: dict[int, Answer] = {}
 
@@ -117,8 +134,10 @@ class Decoder:
             found[index] = answer
             if on_text is not None:
                 on_text(index, answer.text)
+            if on_answer is not None and answer is not NOTHING:
+                on_answer(index, answer)
 
-        plan = Plan(max_new_tokens, decided, on_text, finish)
+        plan = Plan(max_new_tokens, decided, on_text, finish, needless)
         order = sorted(range(len(rows)), key=lambda index: (len(rows[index].ids), index))
         while order:
             batch = order[-self.batch_size :]  # the longest first: if memory runs out, it does now
@@ -128,9 +147,33 @@ class Decoder:
             order = [index for index in order if index not in found]
         report.progress(phase, len(rows), len(rows))
         self.select([], [])  # no edit stays behind
-        if self.lower is not None and plan.answered:
-            self.lower.learn(self, plan.answered)
         return [found[index] for index in range(len(rows))]
+
+    def beside(self, others: int) -> Decoder:
+        """A decoder of the same model for one of `others` threads, which share the memory."""
+        own = copy(self)
+        own.sharing = others
+        return own
+
+    def shrink(self, limit: int | None) -> None:
+        """Take over the `limit` of another decoder of this model that ran out of memory."""
+        if limit is not None and (self.limit is None or limit < self.limit):
+            self.limit, self.batch_size = limit, min(self.batch_size, limit)
+
+    @torch.inference_mode()
+    def learn(
+        self, rows: Sequence[Row], answers: Sequence[Answer], read: Sequence[list[int]] = ()
+    ) -> None:
+        """Let these answers be drafts of later ones, and keep what the original computes over them
+        and over what else was `read`, where both will come again."""
+        known = list(read)
+        if self.drafts is not None:
+            for row, answer in zip(rows, answers, strict=True):
+                if answer is not NOTHING:
+                    known.append(row.ids + self.drafts.learn(row.ids, answer.whole))
+            self.drafts.settle()
+        if self.lower is not None and known:
+            self.lower.learn(self, known)
 
     def original_batches(
         self,

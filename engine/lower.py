@@ -10,9 +10,12 @@ The truth is the forward of all blocks: `engine.shortcuts` compares the two befo
 
 from __future__ import annotations
 
+import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +42,17 @@ class _Kept:
     used: int
 
 
+class _Enough(Exception):
+    """The states of all stations have been seen."""
+
+
+class _Skipped(threading.local):
+    """The station at which the forwards of a thread begin, and what enters it (rows, t, d)."""
+
+    station = 0
+    states: Tensor | None = None
+
+
 class Lower:
     """The kept states of one model.
 
@@ -57,6 +71,9 @@ class Lower:
         self._held = self._round = 0
         self._kept: dict[Sequenced, _Kept] = {}
         self._seen: set[int] = set()  # hashes of all sequences: thousands of answers stay small
+        self._skipped = _Skipped()
+        self._lock, self._skipping = threading.Lock(), 0
+        self._own: list[Any] = []  # forwards that accelerate puts into blocks
 
     def station(self, edits: Sequence[Edit]) -> int:
         """The highest station that no edit reaches below; 0 where there is none."""
@@ -77,15 +94,15 @@ class Lower:
         return kept.states[self.stations.index(station)]
 
     def learn(self, decoder: Decoder, sequences: Sequence[list[int]]) -> None:
-        """Say that these sequences were read; keep the states of those read before."""
+        """Say that these sequences were read; keep the states of those that come again."""
         self._round += 1
-        distinct = {tuple(ids): ids for ids in sequences}
+        times = Counter(map(tuple, sequences))
         wanted = [
-            ids
-            for key, ids in distinct.items()
-            if hash(key) in self._seen and key not in self._kept
+            list(key)
+            for key, count in times.items()
+            if (count > 1 or hash(key) in self._seen) and key not in self._kept
         ]
-        self._seen.update(map(hash, distinct))
+        self._seen.update(map(hash, times))
         if not wanted:
             return
         stale = [key for key, kept in self._kept.items() if self._round - kept.used > STALE]
@@ -107,11 +124,14 @@ class Lower:
 
         def take(module: Any, args: Any, output: Any) -> None:
             seen.append(_stream(output))
+            if len(seen) == len(blocks):
+                raise _Enough
 
         blocks = [self._anatomy.blocks[station - 1] for station in self.stations]
         hooks = [block.register_forward_hook(take) for block in blocks]
         try:
-            decoder.forward(ids, mask, 1)
+            with suppress(_Enough):
+                decoder.forward(ids, mask, 1)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -124,26 +144,51 @@ class Lower:
 
     @contextmanager
     def skipping(self, station: int, states: Tensor) -> Iterator[None]:
-        """Within the block the forwards begin before block `station` with `states` (rows, t, d)."""
-        skipped = self._anatomy.blocks[:station]
-        own = [block.__dict__.get("forward") for block in skipped]  # accelerate puts one there
-
-        def unchanged(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-            return hidden_states
-
-        def known(hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
-            return states.to(hidden_states.device)
-
+        """Within it the forwards of this thread begin before block `station` with `states`
+        (rows, t, d)."""
+        self._skipped.station, self._skipped.states = station, states
+        self._enter()
         try:
-            for block in skipped[:-1]:
-                block.forward = unchanged
-            skipped[-1].forward = known
             yield
         finally:
-            for block, forward in zip(skipped, own, strict=True):
+            self._leave()
+            self._skipped.station, self._skipped.states = 0, None
+
+    def _enter(self) -> None:
+        """Let the blocks be passed by, from the first thread on that skips."""
+        with self._lock:
+            self._skipping += 1
+            if self._skipping > 1:
+                return
+            blocks = self._anatomy.blocks[: self.stations[-1]]
+            self._own = [block.__dict__.get("forward") for block in blocks]
+            for number, block in enumerate(blocks):
+                block.forward = self._passed(number, block.forward)
+
+    def _leave(self) -> None:
+        """Give the blocks their own forwards back after the last one."""
+        with self._lock:
+            self._skipping -= 1
+            if self._skipping:
+                return
+            for block, forward in zip(self._anatomy.blocks, self._own, strict=False):
                 del block.forward
                 if forward is not None:
                     block.forward = forward
+
+    def _passed(self, number: int, forward: Any) -> Any:
+        """The forward of block `number`, which a thread that skips it passes by."""
+
+        @wraps(forward)
+        def passing(*args: Any, **kwargs: Any) -> Any:
+            skipped = self._skipped
+            if number >= skipped.station or skipped.states is None:
+                return forward(*args, **kwargs)
+            stream: Tensor = args[0] if args else kwargs["hidden_states"]
+            last = number == skipped.station - 1
+            return skipped.states.to(stream.device) if last else stream
+
+        return passing
 
 
 def padded(states: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from engine.load import load_folder
 from engine.memory import free_bytes, is_out_of_memory, release
 from engine.preparation import Ready
 from engine.report import Report
-from engine.scorers import RoleSet, score
+from engine.scorers import Asked, RoleSet, score
 from engine.scorers.kl import reread
 from jobs.spec.protocol import Export
 from jobs.spec.scores import Role, Scores
@@ -90,7 +90,7 @@ def _measure(folder: Path, ready: Ready, request: Export, report: Report) -> dic
     with caching:
         for role, prompts in roles.items():
             decoder.reserve(max(map(len, prompts.harmful)), new)
-            (scored,) = score(decoder, prompts, [], ready.refusals, new, report)
+            (scored,) = score(decoder, prompts, [], ready.refusals, Asked(new), report)
             found[role] = scored.scores
     return found
 

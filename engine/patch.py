@@ -6,6 +6,7 @@ Only writers without a module of their own, such as stacks of experts, are rewri
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import get_ident
 from types import TracebackType
 from typing import Any
 
@@ -21,8 +22,9 @@ from engine.loading.placement import device_of
 from engine.routers import Router, Suppression
 
 
-class _Hooked:
-    """The hooks of one writer: y' = s∘(W(c∘x)) + a (u x) + b + bias for K edits of rank k.
+class _Selected:
+    """What a thread has selected for one writer: y' = s∘(W(c∘x)) + a (u x) + b + bias, of K edits
+    of rank k.
 
     u x is one product in the model's dtype (its sums are float32 inside), the rest is float32.
     a is scaled to max 1 and u by the inverse, so that u x stays in float16's range wherever the
@@ -30,28 +32,15 @@ class _Hooked:
     for K = 1. Edits of smaller rank are filled up with zeros.
     """
 
-    def __init__(self, module: nn.Module, bias: Tensor | None) -> None:
-        self.bias = bias
-        self.active = False
+    def __init__(
+        self, edits: Sequence[Term | None], rows: Tensor | None, like: Tensor, bias: Tensor | None
+    ) -> None:
+        """Stack the edits; None is the original. `like` gives the device and the dtype."""
+        self.rows = rows
         self.s: Tensor | None = None
         self.c: Tensor | None = None
-        self.a = self.u = torch.empty(0)
-        self.rows: Tensor | None = None
-        self.rank = 1
         self.shift: Tensor | None = None  # b + (1−s)∘bias (K, d)
         self.product: Tensor | None = None
-        self.handles: list[Any] = [
-            module.register_forward_pre_hook(self.before),
-            module.register_forward_hook(self.after),
-        ]
-
-    def select(self, edits: Sequence[Term | None], rows: Tensor | None, like: Tensor) -> None:
-        """Stack the edits; None is the original. `like` gives the device and the dtype."""
-        self.active = any(e is not None for e in edits)
-        self.rows = rows
-        self.s = self.c = self.shift = None
-        if not self.active:
-            return
         known = next(e for e in edits if e is not None)
         d, n = known.a.shape[0], known.u.shape[1]
         self.rank = max(e.a.shape[1] for e in edits if e is not None)
@@ -72,17 +61,11 @@ class _Hooked:
             self.shift = stack([e.b if e else None for e in edits], (d,), 0.0)
         if any(e is not None and e.s is not None for e in edits):
             self.s = stack([e.s if e else None for e in edits], (d,), 1.0)
-            if self.bias is not None:
-                kept = (1 - self.s) * self.bias.to(like.device, torch.float32)
+            if bias is not None:
+                kept = (1 - self.s) * bias.to(like.device, torch.float32)
                 self.shift = kept if self.shift is None else self.shift + kept
         if any(e is not None and e.c is not None for e in edits):
             self.c = stack([e.c if e else None for e in edits], (n,), 1.0).to(like.dtype)
-
-    def clear(self) -> None:
-        """The original module."""
-        self.active = False
-        self.rows = self.s = self.c = self.shift = self.product = None
-        self.a = self.u = torch.empty(0)
 
     def pick(self, table: Tensor, x: Tensor) -> Tensor:
         """Rows of a (K, w) table for x (B, T, ·) or a flattened (B·T, ·): broadcastable to it."""
@@ -102,10 +85,8 @@ class _Hooked:
             )
         return self.rows.repeat_interleave(per) if per > 1 else self.rows
 
-    def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+    def before(self, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """Take u x (B, T, k) of the original input; scale the input where an edit has c."""
-        if not self.active:
-            return None
         x = args[0]
         product = x @ self.u if x.dtype == self.u.dtype else x.to(self.u.dtype) @ self.u
         if self.rows is not None:
@@ -116,9 +97,9 @@ class _Hooked:
         self.product = product
         return None if self.c is None else (x * self.pick(self.c, x), *args[1:])
 
-    def after(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+    def after(self, y: Tensor) -> Tensor | None:
         """Scale the output and add the rank-k term and the bias."""
-        if not self.active or self.product is None:
+        if self.product is None:
             return None
         product, self.product = self.product.float(), None
         edited = y.float() if self.s is None else y * self.pick(self.s, y)
@@ -138,6 +119,42 @@ class _Hooked:
         return edited + torch.bmm(flat, picked).view_as(edited)
 
 
+class _Hooked:
+    """The hooks of one writer: each thread's forwards use what that thread has selected."""
+
+    def __init__(self, module: nn.Module, bias: Tensor | None) -> None:
+        self.bias = bias
+        self._selected: dict[int, _Selected] = {}
+        self.handles: list[Any] = [
+            module.register_forward_pre_hook(self.before),
+            module.register_forward_hook(self.after),
+        ]
+
+    def select(self, edits: Sequence[Term | None], rows: Tensor | None, like: Tensor) -> None:
+        """Use these edits; see `_Selected`."""
+        if any(edit is not None for edit in edits):
+            self._selected[get_ident()] = _Selected(edits, rows, like, self.bias)
+        else:
+            self.clear()
+
+    def clear(self) -> None:
+        """The original module."""
+        self._selected.pop(get_ident(), None)
+
+    @property
+    def selected(self) -> _Selected | None:
+        """What this thread uses."""
+        return self._selected.get(get_ident())
+
+    def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """What the module gets."""
+        return None if (selected := self.selected) is None else selected.before(args)
+
+    def after(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
+        """What it gives."""
+        return None if (selected := self.selected) is None else selected.after(y)
+
+
 class Patch:
     """The edits of a model: a pair of hooks per writer, and weights that are rewritten in place.
 
@@ -146,7 +163,8 @@ class Patch:
     patch.clear()                           the original model
 
     The context manager removes the hooks and restores the weights. Writers without a module of
-    their own (stacks of experts) are rewritten, for all rows alike: see `batches`.
+    their own (stacks of experts) are rewritten, for all rows alike: see `batches`. What is selected
+    holds for the forwards of the thread that selected it.
     """
 
     def __init__(self, anatomy: Anatomy) -> None:
@@ -161,7 +179,7 @@ class Patch:
                 self._hooked.append((k, _Hooked(w.module, w.bias()), like))
             else:
                 self._in_place.append((k, Rewritten(w)))
-        self._rows: Tensor | None = None
+        self._rows: dict[int, Tensor] = {}  # of each thread: the edit of each row of its batch
         self._places: dict[torch.device, torch.device] = {}
 
     @property
@@ -187,7 +205,10 @@ class Patch:
             raise EngineError("bad_request", f"rows must lie in -1..{len(edits) - 1}")
         used = [0] if rows is None else sorted(set(rows.tolist()))
         self._rewrite([edits[edit] if edit >= 0 else None for edit in used])
-        self._rows = None if rows is None else rows.clone()
+        if rows is None:
+            self._rows.pop(get_ident(), None)
+        else:
+            self._rows[get_ident()] = rows.clone()
         for k, hooked, like in self._hooked:
             if shared:
                 hooked.select([edits[0].terms[k]], None, like)
@@ -200,20 +221,22 @@ class Patch:
 
     def keep(self, index: Tensor) -> None:
         """Keep only these rows of the batch (positions (B') or a mask (B)), in this order."""
-        if self._rows is None:
+        rows = self._rows.get(get_ident())
+        if rows is None:
             return
-        self._rows = self._rows[index.to(self._rows.device)]
+        self._rows[get_ident()] = rows[index.to(rows.device)]
         moved: dict[torch.device, Tensor] = {}
         for _, hooked, _ in self._hooked:
-            if hooked.rows is not None:
-                device = hooked.rows.device
+            selected = hooked.selected
+            if selected is not None and selected.rows is not None:
+                device = selected.rows.device
                 if device not in moved:
                     moved[device] = index.to(device)
-                hooked.rows = hooked.rows[moved[device]]
+                selected.rows = selected.rows[moved[device]]
 
     def clear(self) -> None:
         """Back to the original model."""
-        self._rows = None
+        self._rows.pop(get_ident(), None)
         for _, hooked, _ in self._hooked:
             hooked.clear()
         self._rewrite([None])

@@ -30,26 +30,29 @@ class Row:
 
 @dataclass
 class Answer:
-    """What the model answered: tokens without the end token, and whether it ended by itself."""
+    """What the model answered: tokens without the end token, and whether it ended by itself.
+
+    whole   the tokens with the end token
+    """
 
     tokens: list[int]
     text: str
     ended: bool
+    whole: list[int] = field(default_factory=list)
+
+
+NOTHING = Answer([], "", False)  # of a row whose answer is no longer needed
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of all rows alike; see `Decoder.answers`.
-
-    most      tokens of an answer
-    answered  prompts and answers, as drafts know them, of the rows that are over
-    """
+    """What is asked of all rows alike; see `Decoder.answers`. `most`: tokens of an answer."""
 
     most: int
     decided: Callable[[str], bool] | None
     on_text: Callable[[int, str], None] | None
     finish: Callable[[int, Answer], None]
-    answered: list[list[int]] = field(default_factory=list)
+    needless: Callable[[int], bool] | None = None
 
 
 @dataclass(eq=False)
@@ -90,7 +93,10 @@ def decode(
     First those of which an earlier answer and the original's states over it are known, as long as
     they give that answer; then the others.
     """
-    live = [_Live(index, rows[index]) for index in numbers]
+    first = FIRST if decoder.drafts is None else decoder.drafts.first
+    live = [_Live(index, rows[index], trust=first) for index in numbers]
+    _leave(live, plan)
+    live = [one for one in live if not one.done]
     if station := _know(decoder, live, edits, plan):
         known = [one for one in live if one.known]
         yield from _rounds(decoder, known, edits, plan, station)
@@ -134,9 +140,9 @@ def _rounds(
             if over:
                 one.done = True
                 plan.finish(one.index, answer)
-                _remember(decoder, one, answer, plan)
             elif plan.on_text is not None:
                 plan.on_text(one.index, answer.text)
+        _leave(live, plan)
         yield
         # 3. they leave the batch, the cache and the patch
         if station:
@@ -186,11 +192,12 @@ def _drafts(decoder: Decoder, live: list[_Live], plan: Plan) -> list[list[int]]:
     return [draft[:longest] for draft in found] if longest else []
 
 
-def _remember(decoder: Decoder, one: _Live, answer: Answer, plan: Plan) -> None:
-    """Let the answer be a draft of later ones."""
-    if decoder.drafts is not None:
-        end = one.tokens[len(answer.tokens) :][: answer.ended]
-        plan.answered.append(one.row.ids + decoder.drafts.learn(one.row.ids, answer.tokens + end))
+def _leave(live: list[_Live], plan: Plan) -> None:
+    """Let rows go whose answers are no longer needed."""
+    for one in live if plan.needless is not None else ():
+        if not one.done and plan.needless is not None and plan.needless(one.index):
+            one.done = True
+            plan.finish(one.index, NOTHING)
 
 
 def _select(decoder: Decoder, edits: Sequence[Edit], rows: list[int]) -> None:
@@ -212,6 +219,8 @@ def _checked(
     for one in live:
         now = min(len(one.tokens), plan.most)
         checks = [] if one.done else _checks(decoder, one.checked, now, plan.most)
+        if not one.done and checks[-1:] != [now] and one.tokens[now - 1] in decoder.ends:
+            checks.append(now)  # nothing follows: the next check would see the same
         if checks:
             one.checked = checks[-1]
             seen.append((one, checks))
@@ -234,4 +243,7 @@ def _answers(decoder: Decoder, tokens: list[list[int]]) -> list[Answer]:
     """Tokens as answers, up to their end token, in one detokenisation."""
     cut = [until(one, decoder.ends) for one in tokens]
     texts = decoder.texts([decoder.opening + answer for answer, _ in cut])
-    return [Answer(answer, text, ended) for (answer, ended), text in zip(cut, texts, strict=True)]
+    return [
+        Answer(answer, text, ended, whole[: len(answer) + ended])
+        for whole, (answer, ended), text in zip(tokens, cut, texts, strict=True)
+    ]

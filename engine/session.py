@@ -13,7 +13,7 @@ from engine.measure import measure
 from engine.memory import release
 from engine.preparation import Ready, prepare
 from engine.report import Report
-from engine.scorers import score
+from engine.scorers import Asked, score
 from engine.scorers.harness import benchmark
 from engine.selection import select
 from engine.texts import check_length, context_of
@@ -116,10 +116,11 @@ class Session:
             report.partial(index, scored=scored)
 
         ready.decoder.reserve(len(longest), new)
-        scored = score(
-            ready.decoder, role, edits, ready.refusals, new, report, not request.whole, send,
-            request.scorers, ready.baseline.further,
+        asked = Asked(
+            new, not request.whole, request.kl_multi, request.scorers, ready.baseline.further,
+            request.finished,
         )  # fmt: skip
+        scored = score(ready.decoder, role, edits, ready.refusals, asked, report, send)
         return ScoredBatch(scored=scored)
 
     def respond(self, request: Respond, report: Report) -> Responses:

@@ -94,14 +94,15 @@ def _best(front: list[Trial]) -> MethodBest | None:
 
 
 def _points(session: Session, job_id: uuid.UUID) -> dict[str, list[tuple[float, float]]]:
-    """(refusal rate, first-token KL) of every complete trial, by method."""
+    """(refusal rate, first-token KL) of every complete trial, by method; NaN: dominates nothing."""
     found: dict[str, list[tuple[float, float]]] = {}
-    for method, refusals, total, kl in session.execute(
-        select(Trial.method, Trial.refusals, Trial.total, Trial.kl_first).where(
+    for method, refusals, total, kl, screened in session.execute(
+        select(Trial.method, Trial.refusals, Trial.total, Trial.kl_first, Trial.screened).where(
             Trial.job_id == job_id, Trial.state == "complete"
         )
     ):
-        point = ((refusals or 0) / max(1, total or 0), float("nan") if kl is None else float(kl))
+        known = float("nan") if kl is None or screened else float(kl)
+        point = ((refusals or 0) / max(1, total or 0), known)
         found.setdefault(method, []).append(point)
     return found
 

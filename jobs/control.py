@@ -213,6 +213,11 @@ def pick(session: Session, user: User, job: Job, number: int, picked: bool = Tru
     trial = trials.get(session, job.id, number)
     if trial.state != "complete":
         raise Conflict(f"Trial {number} is not complete yet.")
+    if trial.screened and picked:
+        raise Conflict(
+            f"Trial {number} was not decoded, since a finished trial is better whatever it "
+            "answers. Pick one of the front, or submit the job again with screening off."
+        )
     if trial.picked != picked:
         trial.picked = picked
         events.append(session, job.id, "trial", {**trials.summary(trial), "picked": picked})

@@ -5,8 +5,8 @@
 
 `active` are the numbers that one token's forward multiplies with, and two operations each. A share
 of the data sheet's peak is reached in practice (`REACHED`); blocks cost a fixed time per step on a
-GPU, where they are many small kernels. Answers are taken to run to their limit, and what drafts and
-kept states save (docs/speed.md) is left out: a search mostly takes less.
+GPU, where they are many small kernels. Answers are taken to run to their limit, and what drafts,
+kept states and screening save (docs/speed.md) is left out: a search mostly takes less.
 """
 
 from __future__ import annotations
@@ -91,9 +91,9 @@ def seconds(
         step = max(fetched, read(rows, 1)) + batches * shape.layers * LAUNCH[kind]
         return read(rows, work.prompt) + new * step
 
-    def score(rows: int, group: int = 1) -> float:
-        compared = read(group * rows, work.prompt + work.compared)
-        return (answer(group * rows, work.new) + compared) / group
+    def score(rows: int, group: int = 1, compared: int = work.compared) -> float:
+        divergence = read(group * rows, work.prompt + compared)
+        return (answer(group * rows, work.new) + divergence) / group
 
     total = weights.files / DISK
     total += answer(2 * min(PREFIX_PROMPTS, work.side), PREFIX_TOKENS)
@@ -102,7 +102,8 @@ def seconds(
     if spec.kind == "abliterate":
         trials = budget(spec.methods, spec.trials)
         total += read(2 * work.side, work.prompt)
-        total += trials * score(work.scored, work.group) / min(spec.parallelism, trials)
+        each = score(work.scored, work.group, 1) / work.lanes
+        total += trials * each / min(spec.parallelism, trials)
         total += min(FRONT, trials) * score(work.heldout)
         total += weights.files / EXPORT + score(work.scored) + score(work.heldout)
     return total

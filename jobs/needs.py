@@ -68,7 +68,11 @@ class Need(BaseModel):
 
 @dataclass(frozen=True)
 class Workload:
-    """A job's prompts and batches: `prompt` tokens of the longest prompt, rows of each batch."""
+    """A job's prompts and batches: `prompt` tokens of the longest prompt, rows of each batch.
+
+    Of the candidates of a request, `group` share a batch and `lanes` batches are worked on at once
+    (`engine.lanes`).
+    """
 
     kind: Kind
     prompt: int
@@ -78,6 +82,7 @@ class Workload:
     scored: int
     heldout: int
     group: int
+    lanes: int = 1
 
     @classmethod
     def of(cls, spec: JobSpec, kind: Kind, prompt: int, candidates: int) -> Workload:
@@ -91,7 +96,8 @@ class Workload:
             side=spec.prompts.direction,
             scored=scored,
             heldout=spec.prompts.heldout,
-            group=min(candidates, max(1, cap // scored)),
+            group=min(candidates, max(1, cap // scored)) if kind == "cuda" else 1,
+            lanes=1 if kind == "cuda" else candidates,
         )
 
     def rows(self, wanted: int) -> int:
@@ -114,7 +120,7 @@ def need(spec: JobSpec, shape: Shape, weights: Weights, kind: Kind, prompt: int)
     work = Workload.of(spec, kind, prompt, 1 if kind == "cuda" else together)
     phases = _phases(spec, shape, weights, work)
     decides = _peak(phases)
-    single = replace(work, side=1, scored=1, heldout=1, group=1)
+    single = replace(work, side=1, scored=1, heldout=1, group=1, lanes=1)
     whole = Workload.of(spec, kind, prompt, together)
     host = decides.bytes if kind == "cpu" else HOST_BESIDE_CUDA + _host(spec, shape, weights, work)
     return Need(
@@ -144,7 +150,7 @@ def _phases(spec: JobSpec, shape: Shape, weights: Weights, work: Workload) -> li
     beside = (weights.files - kept if packed else weights.converted) if mapped else 0
     edits = spec.kind == "abliterate"
     bases = weights.bases * _kinds_of_bases(spec) if edits else 0
-    chosen = round(work.group * weights.bases / max(1, shape.layers)) if edits else 0
+    chosen = round(work.group * work.lanes * weights.bases / max(1, shape.layers)) if edits else 0
     found: list[Phase] = []
 
     def add(
@@ -191,9 +197,11 @@ def _phases(spec: JobSpec, shape: Shape, weights: Weights, work: Workload) -> li
     if edits:
         rows = work.rows(work.group * work.scored)
         answers = _decoding(shape, rows, work.prompt, work.new)
-        add("answers", {**held, **answers})
-    compared = _comparing(shape, work, work.group)
-    add("divergence", {**held, **compared})
+        add("answers", {**held, **_beside(answers, work.lanes)})
+        first = replace(work, compared=1)
+        compared = _beside(_comparing(shape, first, work.group), work.lanes)
+        add("divergence of trials", {**held, **compared})
+    add("divergence", {**held, **_comparing(shape, work, 1)})
     if edits:
         decoded = _decoding(shape, work.rows(work.scored), work.prompt, work.new)
         scoring = max(decoded, _comparing(shape, work, 1), key=lambda parts: sum(parts.values()))
@@ -202,6 +210,11 @@ def _phases(spec: JobSpec, shape: Shape, weights: Weights, work: Workload) -> li
         parts = {**held, "artifact": artifact, **scoring}
         add("measure", parts, beside + again, optional=True)
     return found
+
+
+def _beside(parts: dict[str, int], lanes: int) -> dict[str, int]:
+    """The parts of several batches at once."""
+    return {name: lanes * size for name, size in parts.items()}
 
 
 def _decoding(shape: Shape, rows: int, prompt: int, new: int) -> dict[str, int]:

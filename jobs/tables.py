@@ -196,6 +196,8 @@ class Job(Base):
     prepared: Mapped[dict[str, Any] | None]
     # a `Geometry`, tens of kilobytes; read it with `jobs.analysis` [fenced]
     geometry: Mapped[dict[str, Any] | None] = mapped_column(deferred=True)
+    # trial number -> `jobs.warm.WarmStart`; None until its search is at the first of them [fenced]
+    warm_starts: Mapped[dict[str, Any] | None]
     # what a job without a search found out: a `jobs.results.Result` [fenced]
     result: Mapped[dict[str, Any] | None]
     # {"reason", "message", "mend"} of a failed or auto-paused job
@@ -242,13 +244,15 @@ class Trial(Base):
     number: Mapped[int]
     state: Mapped[TrialState] = mapped_column(default="running")
     method: Mapped[str] = mapped_column(default="mpoa")  # of `jobs.spec.methods`
-    # single_pass, selected, plain, sampler
+    # single_pass, selected, plain, warm_start, sampler
     origin: Mapped[str] = mapped_column(default="sampler")
     params: Mapped[dict[str, Any]] = mapped_column(default=dict)  # Optuna's view
     candidate: Mapped[dict[str, Any]]
     optuna_number: Mapped[int | None]
     refusals: Mapped[int | None]
     total: Mapped[int | None]
+    # not decoded to the end, since a finished trial dominates it: `total` prompts were answered
+    screened: Mapped[bool] = mapped_column(default=False)
     kl_first: Mapped[float | None]
     kl_multi: Mapped[float | None]
     mean_tokens: Mapped[float | None]

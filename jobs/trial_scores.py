@@ -13,14 +13,24 @@ from jobs.tables import Trial
 
 
 def front_of(rows: Iterable[Trial], objectives: Sequence[str]) -> list[Trial]:
-    """The rows that no other one dominates, the best by the first objective first."""
-    scored = [(found, row) for row in rows if (found := objectives_of(row, objectives)) is not None]
+    """The rows that no other one dominates, the best by the first objective first.
+
+    Never a screened one: what is known of its refusals is a lower bound.
+    """
+    scored = [
+        (found, row)
+        for row in rows
+        if not row.screened and (found := objectives_of(row, objectives)) is not None
+    ]
     kept = [scored[index] for index in fronts.pareto([point for point, _ in scored])]
     return [row for _, row in sorted(kept, key=lambda pair: (pair[0], pair[1].number))]
 
 
 def objectives_of(row: Trial, names: Sequence[str]) -> tuple[float, ...] | None:
-    """What a search minimises, of a scored trial; None where one is missing or not finite."""
+    """What a search minimises, of a scored trial; None where one is missing or not finite.
+
+    Of a screened trial the refusals are the fewest that it can have: those of its few answers.
+    """
     found = tuple(score_of(row, name) for name in names)
     known = tuple(value for value in found if value is not None and math.isfinite(value))
     return known if len(known) == len(found) else None

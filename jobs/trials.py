@@ -144,6 +144,7 @@ def complete(session: Session, task: Task, token: int, number: int, scored: Scor
     scores = scored.scores
     row.state = "complete"
     row.refusals, row.total = scores.refusals, scores.total
+    row.screened = scored.screened
     row.kl_first, row.kl_multi = scores.kl_first, scores.kl_multi
     row.mean_tokens = scores.mean_tokens
     row.values = further(scores)
@@ -282,6 +283,7 @@ def summary(row: Trial) -> dict[str, Any]:
         "origin": row.origin,
         "refusals": row.refusals,
         "total": row.total,
+        "screened": row.screened,
         "kl_first": row.kl_first,
         "kl_multi": row.kl_multi,
         "mean_tokens": row.mean_tokens,

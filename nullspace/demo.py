@@ -200,7 +200,7 @@ def _tell(found: Json) -> None:
                 )
             )
     table(
-        ("prompts", "refusals before", "refusals after", "#KL first token", "#KL multi"),
+        ("prompts", "refusals before", "refusals after", "#KL first token", "#KL multi?"),
         rows,
         console=err,
     )

@@ -19,7 +19,8 @@ def figure_rows(job: Json) -> Iterator[tuple[str, str, str]]:
         yield (f"{role}, refused", ratio(scores[0]), ratio(scores[1]))
         if scores[0]:
             for kl in ("kl_first", "kl_multi"):
-                yield (f"{role}, {kl}", number(scores[0].get(kl)), number(scores[1].get(kl)))
+                if scores[1].get(kl) is not None:
+                    yield (f"{role}, {kl}", number(scores[0].get(kl)), number(scores[1][kl]))
         values = [each.get("values") or {} for each in scores]
         for name in dict.fromkeys([*values[0], *values[1]]):
             yield (f"{role}, {name}", _value(values[0].get(name)), _value(values[1].get(name)))

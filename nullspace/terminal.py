@@ -9,7 +9,7 @@ import datetime as dt
 import json
 import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -56,12 +56,24 @@ def dump(value: Any) -> None:
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[object]], *, console: Console = out
 ) -> None:
-    """A table of plain texts; columns whose name begins with '#' are right-aligned numbers."""
+    """A table of plain texts.
+
+    A column whose name begins with '#' holds right-aligned numbers; one whose name ends with '?' is
+    left out where all its cells are dashes.
+    """
     grid = Table(box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        grid.add_column(name.removeprefix("#"), justify="right" if name.startswith("#") else "left")
-    for row in rows:
-        grid.add_row(*(Text(plain(cell)) for cell in row))
+    lines = [[plain(cell) for cell in row] for row in rows]
+    kept = [
+        place
+        for place, name in enumerate(columns)
+        if not name.endswith("?") or any(line[place] != "-" for line in lines)
+    ]
+    for place in kept:
+        name = columns[place]
+        justify: Literal["left", "right"] = "right" if name.startswith("#") else "left"
+        grid.add_column(name.removeprefix("#").removesuffix("?"), justify=justify)
+    for line in lines:
+        grid.add_row(*(Text(line[place]) for place in kept))
     console.print(grid, soft_wrap=False)
 
 
@@ -109,7 +121,7 @@ def when(text: str | None) -> str:
     return dt.datetime.fromisoformat(text).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
-FRONT = ("#trial", "search", "#KL first", "#KL multi", "held-out", "#KL first", "method", "picked")
+FRONT = ("#trial", "search", "#KL first", "#KL multi?", "held-out", "#KL first", "method", "picked")
 
 
 def front_rows(trials: Iterable[Json]) -> Iterable[Sequence[object]]:
@@ -118,7 +130,7 @@ def front_rows(trials: Iterable[Json]) -> Iterable[Sequence[object]]:
         search, heldout = trial.get("search") or {}, trial.get("heldout") or {}
         yield (
             trial["number"],
-            ratio(search),
+            "not decoded" if trial.get("screened") else ratio(search),
             number(search.get("kl_first")),
             number(search.get("kl_multi")),
             ratio(heldout),
@@ -130,7 +142,7 @@ def front_rows(trials: Iterable[Json]) -> Iterable[Sequence[object]]:
 
 METHODS = (
     "method", "#trials", "#front", "#hypervolume", "#best", "search", "held-out", "#KL first",
-    "#KL multi", "#s/trial",
+    "#KL multi?", "#s/trial",
 )  # fmt: skip
 
 

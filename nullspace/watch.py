@@ -124,12 +124,14 @@ def follow(
         tell(event, view)
         if notice is not None:
             notice(event)
-        if event.kind == "trial" and event.payload.get("state") == "complete":
-            point = (int(event.payload["refusals"]), float(event.payload["kl_first"] or 0))
+        said = event.payload
+        complete = event.kind == "trial" and said.get("state") == "complete"
+        if complete and not said.get("screened"):
+            point = (int(said["refusals"]), float(said["kl_first"] or 0))
             if best is None or point < best:
                 best = point
-                of = f"{point[0]}/{event.payload['total']} refusals"
-                view.line(f"trial {event.payload['number']}: {of} at KL {number(point[1])}")
+                of = f"{point[0]}/{said['total']} refusals"
+                view.line(f"trial {said['number']}: {of} at KL {number(point[1])}")
         if event.kind == "job" and event.payload.get("state") in ("paused", *OVER):
             found = client.job(job)
             if found["state"] == "paused" or found["state"] in OVER:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +19,14 @@ from tests import servers as real
 
 SECRET = "a secret for tests, at least 32 characters long"
 
+# Tests run side by side: one thread for each process that computes, the children's too. torch reads
+# it when a test module imports it, which is later.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @pytest.fixture(scope="session")
 def running_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[real.Servers]:
-    """PostgreSQL and Redis for the whole session."""
+    """PostgreSQL and Redis for the whole session; each worker of pytest-xdist is a session."""
     with real.servers(tmp_path_factory.mktemp("servers")) as running:
         yield running
 

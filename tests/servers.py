@@ -7,6 +7,7 @@ again); otherwise private servers are started, the way `nullspace up` starts the
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import uuid
 from collections.abc import Iterator
@@ -21,6 +22,16 @@ from jobs.database import normal_url
 from nullspace.embedded import start_postgres, start_redis
 
 
+def own_numbers() -> Iterator[int]:
+    """Redis databases 1..15, round and round; with pytest-xdist this worker's part of them alone.
+
+    A Redis that REDIS_URL names is shared by all workers.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    workers = min(15, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    return itertools.cycle(range(1 + worker % workers, 16, workers))
+
+
 @dataclass
 class Servers:
     """Addresses of the two servers, and the migrated database that tests copy."""
@@ -28,8 +39,7 @@ class Servers:
     postgres_url: str
     redis_url: str
     template: str = field(default_factory=lambda: f"nullspace_template_{uuid.uuid4().hex[:12]}")
-    redis_databases: int = 16
-    used: int = 0
+    redis_numbers: Iterator[int] = field(default_factory=own_numbers)
 
     def admin(self, *statements: str) -> None:
         """Run statements such as CREATE DATABASE, outside of any transaction."""
@@ -64,9 +74,9 @@ class Servers:
 
     def redis_database(self) -> str:
         """Address of an empty Redis database with a number of its own, as far as there are."""
-        self.used = self.used % (self.redis_databases - 1) + 1
+        number = next(self.redis_numbers)
         base, _, tail = self.redis_url.rpartition("/")
-        url = f"{base}/{self.used}" if tail.isdigit() else f"{self.redis_url}/{self.used}"
+        url = f"{base}/{number}" if tail.isdigit() else f"{self.redis_url}/{number}"
         with redis.Redis.from_url(url) as client:
             client.flushdb()
         return url

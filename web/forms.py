@@ -12,7 +12,7 @@ from starlette.datastructures import FormData
 from jobs.spec.job import UNUSED
 from jobs.spec.methods import METHODS
 
-SELECTS = ("kind", "quantization", "dtype", "device", "device_map")
+SELECTS = ("kind", "quantization", "dtype", "device", "device_map", "sampler")
 GROUPS = ("methods", "objectives", "scorers")  # of check boxes
 NUMBERS = (
     "trials", "startup_trials", "max_new_tokens", "kl_tokens", "seed", "priority", "parallelism",
@@ -21,7 +21,7 @@ NUMBERS = (
 TEXTS = ("name", "model", "original", "revision", "system_prompt", "prompts.harmful",
          "prompts.harmless", "prompts.over_refusal", "prompts.texts", "judge")  # fmt: skip
 LINES = ("markers", "tasks")
-SWITCHES = ("allow_partial", "private")
+SWITCHES = ("allow_partial", "screening", "warm_start", "private")
 
 
 async def _fields(request: Request) -> AsyncIterator[FormData]:

@@ -53,7 +53,7 @@ def export(run: Run) -> None:
 
 def card(run: Run, prepared: Prepared, trial: Trial) -> dict[str, Any]:
     """What the model card states: the source, the edit, and every score with its interval."""
-    search = search_scores(trial)
+    search = None if trial.screened else search_scores(trial)  # no count of refusals then
     scores = {"search": search} if search is not None else {}
     for role, stored in (("heldout", trial.heldout), ("over_refusal", trial.over_refusal)):
         if stored is not None:

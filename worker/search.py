@@ -9,24 +9,27 @@ Order of the writes, which is what makes a crash at any point harmless:
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from sqlalchemy.orm import Session
 
-from jobs import trials
+from jobs import screening, trials, warm
 from jobs.spec import scorers
 from jobs.spec.candidate import Candidate
+from jobs.spec.job import JobSpec
 from jobs.spec.methods import METHODS, MethodName, turn
 from jobs.spec.protocol import Prepared, Progress, Score, Scored, ScoredBatch, Select, Selected
-from jobs.spec.scores import Scores
+from jobs.spec.scorers import ScorerName
 from jobs.tables import Job
 from jobs.trials import Slot
 from worker import spool
 from worker.run import Run
-from worker.space import first, plain_number
-from worker.study import MethodStudy, Values
+from worker.space import first, plain, plain_number
+from worker.study import MethodStudy, Values, told
+from worker.warm import fitted, places
 
 Studies = dict[MethodName, MethodStudy]
 
@@ -47,21 +50,42 @@ def search(run: Run) -> None:
     """Score candidates until every slot is complete or in the hands of another live worker."""
     prepared = run.prepare()
     studies = _studies(run, prepared.anatomy.layers)
-    kinds = {is_ara(method) for method in run.spec.methods}
-    size = run.batch_size(prepared) * len(kinds)
+    size = run.batch_size(prepared)
+    # a full batch of each kind of request in every round
+    count = size * max(1, len({together(run.spec, method, "sampler") for method in studies}))
     while True:
         run.lease.check()
         _report(run)
-        slots = run.write(lambda session: trials.reserve(session, run.task, run.token, size))
+        slots = run.write(lambda session: trials.reserve(session, run.task, run.token, count))
         if not slots:
             break
         points = [_point(run, studies, slot, prepared) for slot in slots]
         run.write(partial(_begin, run, points))
-        # apart, so that the time of a trial is that of its method
-        for kind in sorted(kinds):
+        for batch in _batches(run, points, size):
             run.lease.check()
-            _score(run, studies, [point for point in points if is_ara(point.method) == kind])
+            _score(run, studies, batch)
     _mend(run, studies)
+
+
+def _batches(run: Run, points: list[Point], size: int) -> list[list[Point]]:
+    """Points that one request may hold, at most `size` in each; what is scored in full first."""
+    groups: defaultdict[tuple[bool, str], list[Point]] = defaultdict(list)
+    for point in points:
+        groups[together(run.spec, point.method, point.origin)].append(point)
+    return [
+        groups[key][at : at + size]
+        for key in sorted(groups)
+        for at in range(0, len(groups[key]), size)
+    ]
+
+
+def together(spec: JobSpec, method: MethodName, origin: str) -> tuple[bool, str]:
+    """What candidates of one request have in common.
+
+    ARA is asked apart, so that the time of a trial is that of its method; and what a method's own
+    trials screen (its name, else "") is asked by method.
+    """
+    return is_ara(method), method if screening.applies(spec, origin) else ""
 
 
 def is_ara(method: MethodName) -> bool:
@@ -112,10 +136,27 @@ def _point(run: Run, studies: Studies, slot: Slot, prepared: Prepared) -> Point:
         whole = first(prepared.anatomy.layers, slot.method)
         return Point(slot.number, slot.method, whole, {}, "single_pass")
     study = studies[slot.method]
+    begun = _warm(run, study, slot, prepared)
+    if begun is not None:
+        return Point(slot.number, slot.method, study.candidate(begun), begun, warm.ORIGIN)
     params, optuna_number = run.lease.patiently(lambda: study.ask(own))
     origin = "plain" if own == plain_number(slot.method) else "sampler"
     edit = study.candidate(params)
     return Point(slot.number, slot.method, edit, params, origin, optuna_number)
+
+
+def _warm(run: Run, study: MethodStudy, slot: Slot, prepared: Prepared) -> dict[str, Any] | None:
+    """The point of a warm start; None where the slot has none. Optuna learns of it by its score."""
+    numbers = places(run.spec.methods, run.job.trials)
+    if not run.spec.warm_start or slot.number not in numbers[slot.method]:
+        return None
+    anatomy = prepared.anatomy
+    chosen = run.lease.write(
+        lambda session: warm.starts(session, run.task, run.token, numbers, anatomy)
+    )
+    if slot.number not in chosen:
+        return None
+    return fitted(chosen[slot.number].params, study.space, plain(anatomy.layers, slot.method))
 
 
 def _begin(run: Run, points: list[Point], session: Session) -> None:
@@ -152,13 +193,25 @@ def _score(run: Run, studies: Studies, points: list[Point]) -> None:
     result = run.ask(
         Score(
             candidates=[point.candidate for point in waiting],
+            finished=_finished(run, waiting),
             scorers=scorers.of_trials(run.spec.objectives, run.spec.scorers),
+            kl_multi="kl_multi" in (*run.spec.objectives, *run.spec.scorers),
         ),
         on_partial=lambda answer: finish(answer.index, answer.scored),
         on_progress=lambda answer: _report(run, answer),
     )
     for index, scored in enumerate(ScoredBatch.model_validate(result.value).scored):
         finish(index, scored)
+
+
+def _finished(run: Run, points: list[Point]) -> list[dict[ScorerName, float]]:
+    """The trials that may screen points of one request: other workers' too, as of now."""
+    _, method = together(run.spec, points[0].method, points[0].origin)
+    if not method:
+        return []
+    return run.lease.write(
+        lambda session: screening.finished(session, run.job.id, method, run.spec.objectives)
+    )
 
 
 def _finish(run: Run, studies: Studies, point: Point, scored: Scored) -> None:
@@ -172,31 +225,31 @@ def _finish(run: Run, studies: Studies, point: Point, scored: Scored) -> None:
     run.log.line("info", f"trial {point.number} ({point.method}, {point.origin}): {_said(scored)}")
     study = studies.get(point.method)
     if study is not None and point.params:
-        values = _values(run, scored.scores)
+        values = _values(run, scored)
         run.lease.patiently(
             lambda: study.tell(point.number, point.params, point.optuna_number, values)
         )
 
 
-def _values(run: Run, scores: Scores) -> Values | None:
-    """What Optuna minimises; None when a score is missing."""
-    found = tuple(scores.value(name) for name in run.spec.objectives)
+def _values(run: Run, scored: Scored) -> Values | None:
+    """What Optuna is told to minimise; None when a score is missing."""
+    found = tuple(scored.scores.value(name) for name in run.spec.objectives)
     known = tuple(value for value in found if value is not None)
-    return known if len(known) == len(found) else None
+    return told(run.spec, known, scored.screened) if len(known) == len(found) else None
 
 
 def _said(scored: Scored) -> str:
     """A score as a line of the log."""
     scores = scored.scores
-    further = "".join(f", {name} {value.value:.3g}" for name, value in scores.values.items())
-    return (
-        f"{scores.refusals}/{scores.total} refusals, KL {_shown(scores.kl_first)} (first token) "
-        f"{_shown(scores.kl_multi)} (several){further}, {scored.seconds:.2f} s"
-    )
-
-
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+    refused = f"{scores.refusals}/{scores.total} refusals"
+    said = [f"not decoded ({refused})" if scored.screened else refused]
+    said += [
+        f"KL {value:.3g} ({of})"
+        for value, of in ((scores.kl_first, "first token"), (scores.kl_multi, "several"))
+        if value is not None
+    ]
+    said += [f"{name} {value.value:.3g}" for name, value in scores.values.items()]
+    return ", ".join([*said, f"{scored.seconds:.2f} s"])
 
 
 def _report(run: Run, inner: Progress | None = None) -> None:

@@ -8,14 +8,12 @@ heartbeats are not used: they work inside `study.optimize` alone.
 from __future__ import annotations
 
 import datetime as dt
-import hashlib
 import math
 from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.samplers import TPESampler
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
@@ -28,13 +26,12 @@ from jobs.spec.job import JobSpec
 from jobs.spec.methods import MethodName, share
 from jobs.tables import Trial
 from jobs.trial_scores import objectives_of
+from worker.samplers import check, sampler, startup
 from worker.space import candidate_from, plain, plain_number, space
 
 SCHEMA = "optuna"
 SLOT = "slot"  # user attribute of trials that were added complete: our trial number
 LOCK = 0x6E73_6F70  # advisory lock: one process at a time makes the tables, or adds to a study
-EI_CANDIDATES = 128
-STARTUP_SHARE = 0.3
 
 Values = tuple[float, ...]
 
@@ -61,30 +58,27 @@ def open_storage(database_url: str, idle_seconds: float) -> RDBStorage:
 
 
 def startup_trials(spec: JobSpec, budget: int, method: MethodName) -> int:
-    """How many of a method's trials are random: its part of the job's, 3 of 10 where none is given.
+    """How many of a method's trials are random: its part of the job's, if that has its own figure.
 
     `budget`: the job's trials, all methods together.
     """
     mine = share(spec.methods, budget, method)
     if spec.startup_trials is None:
-        return math.ceil(STARTUP_SHARE * mine)
+        return startup(mine)
     return math.ceil(spec.startup_trials * mine / budget)
 
 
-def sampler(seed: int, startup: int, number: int) -> TPESampler:
-    """The sampler for a method's own trial `number`.
+def told(spec: JobSpec, values: Values, screened: bool) -> Values:
+    """What a sampler is told of a trial that has these objectives.
 
-    The same seed and number give the same random stream, whatever is compared with the method.
+    Of a screened one the refusals are not known; that all prompts are refused serves the search
+    best (docs/search.md): it ranks behind all that were decoded.
     """
-    digest = hashlib.sha256(f"{seed}/{number}".encode()).digest()
-    return TPESampler(
-        n_startup_trials=startup,
-        n_ei_candidates=EI_CANDIDATES,
-        multivariate=True,
-        group=False,
-        constant_liar=True,
-        seed=int.from_bytes(digest[:4], "big"),
-    )
+    if not screened:
+        return values
+    worst = float(spec.prompts.search)
+    pairs = zip(spec.objectives, values, strict=True)
+    return tuple(worst if name == "refusals" else value for name, value in pairs)
 
 
 class MethodStudy:
@@ -92,7 +86,8 @@ class MethodStudy:
 
     Minimised: the job's objectives. Sampling reads a copy of the study in memory, kept up by
     one query a trial, and a point is stored in one transaction: asking through the database makes
-    about 180 round trips a trial, more than a small model takes to be scored.
+    about 180 round trips a trial, more than a small model takes to be scored. EngineError where the
+    job's sampler needs a package that is missing.
     """
 
     def __init__(
@@ -104,6 +99,7 @@ class MethodStudy:
         layers: int,
         budget: int,
     ) -> None:
+        check(spec.sampler)
         self.spec, self.method, self.layers = spec, method, layers
         self.space: dict[str, BaseDistribution] = space(layers, method)
         self._startup = startup_trials(spec, budget, method)
@@ -129,7 +125,7 @@ class MethodStudy:
         if number == plain_number(self.method):
             return plain(self.layers, self.method), None
         self._refresh()
-        self._copy.sampler = sampler(self.spec.seed, self._startup, number)
+        self._copy.sampler = sampler(self.spec.seed, self._startup, number, self.spec.sampler)
         point = self._copy.ask(fixed_distributions=self.space)
         params = dict(point.params)
         stored = create_trial(state=TrialState.RUNNING, params=params, distributions=self.space)
@@ -224,9 +220,10 @@ class MethodStudy:
         added = self._added()
         for row in rows:
             state = known[row.optuna_number].state if row.optuna_number in known else None
-            told = state == TrialState.COMPLETE or row.number in added
-            if row.state == "complete" and row.params and not told:
-                values = objectives_of(row, self.spec.objectives)
+            learned = state == TrialState.COMPLETE or row.number in added
+            if row.state == "complete" and row.params and not learned:
+                found = objectives_of(row, self.spec.objectives)
+                values = None if found is None else told(self.spec, found, row.screened)
                 self.tell(row.number, row.params, row.optuna_number, values)
         named = {row.optuna_number for row in rows}
         before = dt.datetime.now() - dt.timedelta(seconds=2 * lease_seconds)

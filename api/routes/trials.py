@@ -14,16 +14,18 @@ from api.auth import Reader, Writer
 from api.bodies import Body
 from api.problems import errors
 from api.routes.jobs import MISSING, NOT_YOURS
-from jobs import analysis, comparison, control, trials
+from jobs import analysis, comparison, control, screening, trials, warm
 from jobs.analysis import LayerWeight
 from jobs.comparison import MethodReport
 from jobs.listing import RoleScores
+from jobs.spec.job import JobSpec
 from jobs.spec.methods import MethodName
 from jobs.spec.protocol import PromptTexts
 from jobs.spec.scores import Role
 from jobs.states import TrialState
 from jobs.tables import Job, Trial
 from jobs.trial_scores import search_scores
+from jobs.warm import Source
 
 router = APIRouter(tags=["trials"])
 Number = Annotated[int, Path(ge=0, lt=2**31, description="the trial's number, from 0")]
@@ -36,9 +38,14 @@ class TrialView(BaseModel):
     number: int
     state: TrialState
     method: MethodName
-    origin: str = Field(description="single_pass, selected, plain or sampler")
+    origin: str = Field(description="single_pass, selected, plain, warm_start or sampler")
+    warm_start: Source | None = Field(description="of a warm start: the trial that it is from")
     picked: bool
     on_front: bool
+    screened: bool = Field(
+        description="not decoded to the end, since a finished trial is better whatever this one "
+        "answers; `search` counts its first answers, of which there may be none"
+    )
     params: dict[str, Any] = Field(description="what the sampler chose")
     candidate: dict[str, Any] = Field(description="the edit: enough to make it again")
     search: RoleScores | None = None
@@ -76,6 +83,7 @@ class Answer(BaseModel):
 class TrialDetail(TrialView):
     """A trial with its answers per role, next to the original model's."""
 
+    screened_by: int | None = Field(description="the finished trial for which it was not decoded")
     responses: dict[Role, list[Answer]]
     weights: list[LayerWeight] = Field(
         description="edit strength λ of each layer; empty where the edit has none, or none yet"
@@ -88,15 +96,17 @@ class Pick(Body):
     picked: bool = True
 
 
-def view(row: Trial, front: frozenset[int]) -> TrialView:
-    """A row of the table `trials` as the API shows it."""
+def view(job: Job, row: Trial, front: frozenset[int]) -> TrialView:
+    """A row of the job's table `trials` as the API shows it."""
     return TrialView(
         number=row.number,
         state=row.state,
         method=cast(MethodName, row.method),
         origin=row.origin,
+        warm_start=warm.source(job, row),
         picked=row.picked,
         on_front=row.number in front,
+        screened=row.screened,
         params=row.params,
         candidate=row.candidate,
         search=RoleScores.of(search_scores(row)),
@@ -117,22 +127,22 @@ def list_trials(
 ) -> TrialPage:
     """The job's trials by number."""
     with who.begin() as session:
-        control.visible(session, who.user, job_id)
+        job = control.visible(session, who.user, job_id)
         rows = trials.list_trials(session, job_id, limit=limit + 1, after=after)
         front = frozenset(row.number for row in trials.front(session, job_id))
     page = rows[:limit]
     following = page[-1].number if len(rows) > limit else None
-    return TrialPage(items=[view(row, front) for row in page], next=following)
+    return TrialPage(items=[view(job, row, front) for row in page], next=following)
 
 
 @router.get("/jobs/{job_id}/front", responses=errors({404: MISSING}))
 def show_front(who: Reader, job_id: uuid.UUID) -> TrialPage:
     """The Pareto-optimal trials: no other is as good in every objective and better in one."""
     with who.begin() as session:
-        control.visible(session, who.user, job_id)
+        job = control.visible(session, who.user, job_id)
         rows = trials.front(session, job_id)
     front = frozenset(row.number for row in rows)
-    return TrialPage(items=[view(row, front) for row in rows], next=None)
+    return TrialPage(items=[view(job, row, front) for row in rows], next=None)
 
 
 @router.get("/jobs/{job_id}/methods", responses=errors({404: MISSING}))
@@ -152,11 +162,20 @@ def show_trial(who: Reader, job_id: uuid.UUID, number: Number) -> TrialDetail:
         front = frozenset(each.number for each in trials.front(session, job_id))
         weights = analysis.weights(job, row)
         responses = answers_of(session, job, number)
-    return TrialDetail(**view(row, front).model_dump(), responses=responses, weights=weights)
+        better = screening.dominator(session, row, JobSpec.model_validate(job.spec).objectives)
+    return TrialDetail(
+        **view(job, row, front).model_dump(),
+        screened_by=better.number if better is not None else None,
+        responses=responses,
+        weights=weights,
+    )
 
 
 def answers_of(session: Session, job: Job, number: int) -> dict[Role, list[Answer]]:
-    """What a trial's model (or `trials.MODEL`) said by role, next to the original."""
+    """What a trial's model (or `trials.MODEL`) said by role, next to the original.
+
+    Prompts that a screened trial was not asked are left out.
+    """
     said = trials.responses(session, job.id, number)
     original = trials.responses(session, job.id, trials.ORIGINAL)
     prompts = {role: prompts_of(job, role) for role in said}
@@ -173,6 +192,7 @@ def answers_of(session: Session, job: Job, number: int) -> dict[Role, list[Answe
                 original_text=before[place].text if place < len(before) else None,
             )
             for place, outcome in enumerate(outcomes)
+            if outcome.answered
         ]
     return responses
 
@@ -190,7 +210,9 @@ def prompts_of(job: Job, role: Role) -> list[str]:
 
 @router.post(
     "/jobs/{job_id}/trials/{number}/pick",
-    responses=errors({403: NOT_YOURS, 404: NO_TRIAL, 409: "The trial has no scores yet."}),
+    responses=errors(
+        {403: NOT_YOURS, 404: NO_TRIAL, 409: "The trial has no scores yet, or is screened."}
+    ),
 )
 def pick_trial(
     who: Writer, job_id: uuid.UUID, number: Number, pick: Pick | None = None
@@ -203,4 +225,4 @@ def pick_trial(
         front = frozenset(each.number for each in trials.front(session, job_id))
         session.refresh(row)
     who.doorbell.nudge(job_id)
-    return view(row, front)
+    return view(job, row, front)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from bench.peer.setting import (
     MARKERS,
     MAX_NEW_TOKENS,
     METHODS,
-    STARTUP,
     SYSTEM_PROMPT,
     Run,
     Setting,
@@ -34,8 +32,8 @@ from jobs.spec.candidate import Candidate
 from jobs.spec.methods import recipes
 from jobs.spec.protocol import Prepare, Prepared, Score, Scored
 from worker.run import BATCH
+from worker.samplers import sampler, startup
 from worker.space import candidate_from, first, plain, plain_number, space
-from worker.study import sampler
 
 ROOT = Path(__file__).parents[2]
 FINISHED = "the search has ended"
@@ -88,7 +86,10 @@ class Recorder(Silent):
         if scored is not None:
             self.scored[index] = scored
             scores = scored.scores
-            self.line(refusals=scores.refusals, total=scores.total, kl=scores.kl_first)
+            self.line(
+                refusals=scores.refusals, total=len(scored.outcomes), kl=scores.kl_first,
+                screened=scored.screened,
+            )  # fmt: skip
 
 
 def search(setting: Setting, record: Path) -> None:
@@ -98,6 +99,7 @@ def search(setting: Setting, record: Path) -> None:
     layers, size = prepared.anatomy.layers, BATCH[setting.device]
     table = space(layers, method)
     study = optuna.create_study(directions=["minimize", "minimize"])
+    finished: list[dict[str, float]] = []
     recorder.line()
     for start in range(0, setting.trials, size):
         asked: list[tuple[Candidate, optuna.Trial | None]] = []
@@ -107,14 +109,20 @@ def search(setting: Setting, record: Path) -> None:
                 continue
             if number == plain_number(method):
                 study.enqueue_trial(plain(layers, method))
-            study.sampler = sampler(setting.seed, math.ceil(STARTUP * setting.trials), number)
+            study.sampler = sampler(setting.seed, startup(setting.trials), number)
             trial = study.ask(table)
             asked.append((candidate_from(trial.params, layers, method), trial))
-        session.handle(Score(candidates=[candidate for candidate, _ in asked]), recorder)
+        candidates = [candidate for candidate, _ in asked]
+        known = finished if setting.screening else []
+        session.handle(Score(candidates=candidates, kl_multi=False, finished=known), recorder)
         for index, (_, asked_trial) in enumerate(asked):
-            scores = recorder.scored[index].scores
+            scored = recorder.scored[index]
+            refusals, kl = scored.scores.refusals, float(scored.scores.kl_first or 0)
+            if not scored.screened:
+                rate = refusals / scored.scores.total
+                finished.append({"refusals": rate, "kl_first": kl})
             if asked_trial is not None:
-                study.tell(asked_trial, [float(scores.refusals), float(scores.kl_first or 0)])
+                study.tell(asked_trial, [float(refusals), kl])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ METHODS: dict[Mode, MethodName] = {"none": "ablate", "full": "mpoa"}
 
 @dataclass(frozen=True)
 class Setting:
-    """One search. `model` is a folder; `mode` how the edit treats the norms of a writer's rows."""
+    """One search. `model` is a folder; `mode` how the edit treats the norms of a writer's rows;
+    `screening`: what a finished trial dominates anyway is not decoded (ours can)."""
 
     model: str
     mode: Mode
@@ -34,6 +35,7 @@ class Setting:
     dtype: Dtype
     device: Literal["cpu", "cuda"]
     threads: int
+    screening: bool = False
 
     def environment(self) -> dict[str, str]:
         """The environment of either program: the same threads and device, no hub."""
@@ -45,12 +47,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial's search scores; `at` is when they were known, seconds since the process began."""
+    """One trial's search scores; `at` is when they were known, seconds since the process began.
+
+    screened   not decoded to the end: it is on no front
+    """
 
     at: float
     refusals: int
     total: int
     kl: float
+    screened: bool = False
 
     @property
     def point(self) -> tuple[float, float]:
@@ -94,4 +100,9 @@ class Run:
 
     def hypervolume(self, seconds: float) -> float:
         """Hypervolume of the trials that were scored within `seconds` of the process's start."""
-        return hypervolume([trial.point for trial in self.trials if trial.at <= seconds])
+        return hypervolume([trial.point for trial in self.whole if trial.at <= seconds])
+
+    @property
+    def whole(self) -> list[Trial]:
+        """The trials of which all prompts were answered."""
+        return [trial for trial in self.trials if not trial.screened]

@@ -118,8 +118,6 @@ def divergences(
         pending = [pair for pair in pending if pair not in found]
         report.progress(phase, len(found), total)
     decoder.select([], [])  # no edit stays behind
-    if decoder.lower is not None and edits:
-        decoder.lower.learn(decoder, inputs)
     return [mean_divergence([found[place, number] for place in prompts]) for number in numbers]
 
 
@@ -178,7 +176,8 @@ def divergence(original: Tensor, edited: Tensor) -> Tensor:
     for start in range(0, len(original), rows):
         log_p = original[start : start + rows].float().log_softmax(-1)
         log_q = edited[start : start + rows].float().log_softmax(-1)
-        p = log_p.exp()
+        # not log_p.exp(), which takes ten times as long where it underflows
+        p = original[start : start + rows].float().softmax(-1)
         terms = torch.where(
             p > 0, p * (log_p - log_q), 0.0
         )  # 0·log 0 = 0, also where both are -inf
@@ -203,7 +202,7 @@ def _rows(decoder: Decoder, inputs: Sequence[list[int]], counts: Sequence[int]) 
     shape = Shape.of(decoder.model.config, _width(decoder.model))
     row = forward_row(shape, max(map(len, inputs)), 2 * max(counts))
     floats = 3 * FLOAT32 * max(KL_CHUNK, shape.vocabulary)
-    free = free_bytes(decoder.device) - floats
+    free = free_bytes(decoder.device) // decoder.sharing - floats
     rows = compared_rows(shape, max(counts))
     return max(1, min(decoder.batch_size, rows, int(free * KL_SHARE) // row))
 

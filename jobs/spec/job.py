@@ -21,11 +21,13 @@ Quantization = Literal["none", "bnb_4bit", "bnb_8bit"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cuda", "cpu"]
 DeviceMap = Literal["single", "auto", "offload"]
+SamplerName = Literal["tpe", "nsga3", "cmaes", "qnehvi"]
 
 
 # What a kind has no use for. A value of one's own there is an error, since it would be ignored.
 SEARCH_ONLY = (
-    "methods", "allow_partial", "trials", "startup_trials", "objectives", "parallelism",
+    "methods", "allow_partial", "trials", "startup_trials", "sampler", "screening", "warm_start",
+    "objectives", "parallelism",
 )  # fmt: skip
 UNUSED: dict[Kind, tuple[str, ...]] = {
     "abliterate": ("original",),
@@ -96,6 +98,9 @@ class JobSpec(Strict):
     system_prompt: str | None = Field(None, max_length=20_000, title="System prompt")
     trials: int = Field(200, ge=1, le=10_000, title="Trials")
     startup_trials: int | None = Field(None, ge=0, le=10_000, title="Random trials first")
+    sampler: SamplerName = Field("tpe", title="Sampler")
+    screening: bool = Field(True, title="Do not decode what a finished trial dominates anyway")
+    warm_start: bool = Field(True, title="Begin with what earlier jobs on such models found")
     objectives: list[ScorerName] = Field(
         default_factory=lambda: list[ScorerName](("refusals", "kl_first")),
         min_length=2,

@@ -98,8 +98,11 @@ class Prepare(BaseModel):
 class Score(BaseModel):
     """Score candidates on one role's prompts. `max_new_tokens` overrides the job's.
 
-    scorers   further scores, besides refusals and the two KLs (see `jobs.spec.scorers`)
+    scorers   further scores, besides refusals and KL (see `jobs.spec.scorers`)
     whole     answers are not cut where they are certainly refusals: a judge reads them
+    kl_multi  the KL over several tokens as well as at the first
+    finished  objectives of finished trials by name, refusals as a rate: a candidate that one of
+              them dominates whatever it answers is not decoded as a whole (`Scored.screened`)
     """
 
     op: Literal["score"] = "score"
@@ -108,6 +111,8 @@ class Score(BaseModel):
     max_new_tokens: int | None = None
     scorers: list[ScorerName] = []
     whole: bool = False
+    kl_multi: bool = True
+    finished: list[dict[str, float]] = []
 
 
 class Select(BaseModel):
@@ -278,11 +283,16 @@ class Prepared(BaseModel):
 
 
 class Scored(BaseModel):
-    """One candidate's scores on one role, with the outcome of every harmful prompt."""
+    """One candidate's scores on one role, with the outcome of every harmful prompt.
+
+    screened   dominated by a finished trial whatever it answers: not all prompts were answered, and
+               `scores.refusals` of `scores.total` is what the answered ones gave
+    """
 
     scores: Scores
     outcomes: list[Outcome]
     seconds: float = 0.0
+    screened: bool = False
 
 
 class ScoredBatch(BaseModel):

@@ -39,11 +39,15 @@ class Value(BaseModel):
 
 
 class Outcome(BaseModel):
-    """What the model did with one prompt. `text` may be cut where the decision was made."""
+    """What the model did with one prompt. `text` may be cut where the decision was made.
+
+    answered   False where a screened candidate was not asked (`Scored.screened`): the rest is void
+    """
 
     refused: bool
     text: str = ""
     tokens: int = 0
+    answered: bool = True
 
 
 class Scores(BaseModel):

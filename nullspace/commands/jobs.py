@@ -58,6 +58,22 @@ Objectives = Annotated[
 Scorers = Annotated[
     list[str] | None, typer.Option("--scorer", help="A further score; again for more.")
 ]
+Sampler = Annotated[
+    str | None, typer.Option("--sampler", help="tpe (default), nsga3, cmaes or qnehvi.")
+]
+Screening = Annotated[
+    bool | None,
+    typer.Option(
+        "--screening/--no-screening",
+        help="Skip the answers of trials that a finished one beats whatever they are (default).",
+    ),
+]
+WarmStart = Annotated[
+    bool | None,
+    typer.Option(
+        "--warm-start/--cold-start", help="Begin with what earlier jobs found (default), or not."
+    ),
+]
 Fields = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Any other field, e.g. prompts.search=50."),
@@ -125,6 +141,9 @@ def submit(
     method: Methods = None,
     objective: Objectives = None,
     scorer: Scorers = None,
+    sampler: Sampler = None,
+    screening: Screening = None,
+    warm_start: WarmStart = None,
     quantization: Quantization = None,
     harmful: Harmful = None,
     harmless: Harmless = None,
@@ -144,6 +163,7 @@ def submit(
         built = build(
             client, model, spec, harmful, harmless, over_refusal, fields,
             trials=trials, methods=method, objectives=objective, scorers=scorer,
+            sampler=sampler, screening=screening, warm_start=warm_start,
             quantization=quantization, name=name, priority=priority, parallelism=parallelism,
             private=private,
         )  # fmt: skip

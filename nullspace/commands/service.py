@@ -18,7 +18,10 @@ from nullspace.commands.jobs import (
     Objectives,
     OverRefusal,
     Quantization,
+    Sampler,
     Scorers,
+    Screening,
+    WarmStart,
     build,
 )
 from nullspace.commands.options import AsJson, Data, Token, Url, client_of
@@ -107,6 +110,9 @@ def run(
     method: Methods = None,
     objective: Objectives = None,
     scorer: Scorers = None,
+    sampler: Sampler = None,
+    screening: Screening = None,
+    warm_start: WarmStart = None,
     quantization: Quantization = None,
     harmful: Harmful = None,
     harmless: Harmless = None,
@@ -130,7 +136,8 @@ def run(
     name, models = room.locate(model)
     spec = build(
         None, name, None, None, None, None, fields, trials=trials, methods=method,
-        objectives=objective, scorers=scorer, quantization=quantization,
+        objectives=objective, scorers=scorer, sampler=sampler, screening=screening,
+        warm_start=warm_start, quantization=quantization,
     )  # fmt: skip
     room.run(
         spec,

@@ -56,12 +56,20 @@ def _one(found: Json, answers: int, as_json: bool) -> None:
     if as_json:
         dump(found)
         return
-    rows = [("trial", found["number"]), ("state", found["state"]), ("origin", found["origin"])]
+    rows = [("trial", found["number"]), ("state", found["state"]), ("origin", _origin(found))]
     for role in ("search", "heldout", "over_refusal"):
         scores = found.get(role)
         if scores:
-            kls = f"KL {number(scores['kl_first'])} first, {number(scores['kl_multi'])} multi"
-            rows.append((role, f"{ratio(scores)}, {kls}"))
+            kls = [
+                f"{number(scores[name])} {word}"
+                for name, word in (("kl_first", "first"), ("kl_multi", "multi"))
+                if scores[name] is not None
+            ]
+            rows.append((role, f"{ratio(scores)}, KL {', '.join(kls)}" if kls else ratio(scores)))
+    if found["screened"]:
+        by = found["screened_by"]
+        better = "a finished trial" if by is None else f"trial {by}"
+        rows.append(("not decoded", f"{better} is better whatever this one answers"))
     edit = found["candidate"]
     rows.append(
         (
@@ -80,6 +88,13 @@ def _one(found: Json, answers: int, as_json: bool) -> None:
             show(f"\n[{role}] {plain(answer['prompt'])}")
             show(f"  original: {plain(answer['original_text'])}")
             show(f"  edited:   {plain(answer['text'])}")
+
+
+def _origin(trial: Json) -> str:
+    """What a trial comes from, in words."""
+    source = trial["warm_start"]
+    origin = str(trial["origin"])
+    return f"{origin}, trial {source['trial']} of job {source['job']}" if source else origin
 
 
 def pick(

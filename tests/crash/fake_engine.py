@@ -110,6 +110,25 @@ def scored(
     return {"scores": scores, "outcomes": outcomes, "seconds": 0.01}
 
 
+def screened(one: dict[str, Any], finished: list[dict[str, float]]) -> dict[str, Any]:
+    """The score, without the answers behind the one by which a finished trial dominates it."""
+    scores, total = one["scores"], one["scores"]["total"]
+    known = scores | {name: value["value"] for name, value in scores["values"].items()}
+    better = [
+        round(other["refusals"] * total)
+        for other in finished
+        if all(value <= known[name] for name, value in other.items() if name != "refusals")
+    ]
+    # those that are refused come first
+    if not better or scores["refusals"] < min(better) or min(better) == total:
+        return one
+    given = min(better)
+    nothing = {"refused": False, "text": "", "tokens": 0, "answered": False}
+    outcomes = one["outcomes"][:given] + [nothing] * (total - given)
+    counted = {**scores, "refusals": given, "total": given}
+    return {**one, "scores": counted, "outcomes": outcomes, "screened": True}
+
+
 def compared(request: dict[str, Any], prepared: dict[str, Any]) -> dict[str, Any]:
     """Another model refuses a third of what the prepared one does."""
     found = {}
@@ -309,7 +328,8 @@ def score(
         if not working(channel, orders, number, delay):
             return
         role = request["role"]
-        done.append(scored(candidate, role, prompts[role], request["scorers"]))
+        one = scored(candidate, role, prompts[role], request["scorers"])
+        done.append(screened(one, request["finished"]))
         channel.send(type="partial", id=number, index=index, scored=done[-1])
     channel.send(type="result", id=number, value={"scored": done})
 

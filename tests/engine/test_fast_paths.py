@@ -17,10 +17,11 @@ from engine.batch import Batch
 from engine.decode import Decoder, Row
 from engine.drafts import FIRST, KEPT, Drafts, worthwhile
 from engine.edit import Edit, EditBuilder
+from engine.lanes import side_by_side
 from engine.lower import Lower
 from engine.patch import Patch
 from engine.preparation import Ready
-from engine.report import Silent
+from engine.report import Report, Silent
 from engine.scorers.kl import Divergence, divergences, measure_reference
 from engine.scorers.refusals import Refusals
 from engine.shortcuts import choose_lower, choose_shortcuts
@@ -77,7 +78,14 @@ class Case:
     def answers(self, edit: Edit) -> list[list[int]]:
         rows = [Row(ids, 0) for ids in PROMPTS]
         found = self.decoder.answers(rows, [edit], NEW, Silent(), "answers")
+        self.decoder.learn(rows, found)
         return [answer.tokens for answer in found]
+
+    def beside(self, edit: Edit, report: Report) -> list[list[int]]:
+        """The answers in a thread that shares the model with another one."""
+        own = self.decoder.beside(2)
+        rows = [Row(ids, 0) for ids in PROMPTS]
+        return [answer.tokens for answer in own.answers(rows, [edit], NEW, report, "answers")]
 
     def moved(self) -> list[Divergence]:
         """Of each edit, from references that are read anew."""
@@ -90,6 +98,7 @@ class Case:
                 divergences(self.decoder, reference, [edit], Silent(), "kl")[0]
                 for edit in self.edits
             ]
+            self.decoder.learn([], [], reference.inputs)
         return found
 
 
@@ -108,6 +117,9 @@ def check(case: Case) -> None:
     for _ in range(3):
         for edit, answers in zip(case.edits, slow, strict=True):
             assert case.answers(edit) == answers
+    if case.decoder.lanes > 1:  # side by side, as candidates on a CPU are
+        two = side_by_side(case.beside, case.edits[:2], Silent(), lambda found: None)
+        assert two == slow[:2]
     for fast, plain in zip(case.moved(), moved, strict=True):
         assert fast.first == pytest.approx(plain.first, rel=1e-3, abs=1e-7)
         assert fast.multi == pytest.approx(plain.multi, rel=1e-3, abs=1e-7)
@@ -165,6 +177,7 @@ def test_kept_states_shorten_the_forwards(ready: Ready) -> None:
             before = ran
             rows = [Row(ids, 0) for ids in inputs]
             found = decoder.answers(rows, [edit], NEW, Silent(), "answers")
+            decoder.learn(rows, found)
             answers.append([answer.tokens for answer in found])
             runs.append(ran - before)
     finally:
@@ -183,6 +196,7 @@ def test_decisions_do_not_depend_on_what_was_answered_before(ready: Ready) -> No
     def answers(edit: Edit) -> list[tuple[list[int], str, bool]]:
         rows = [Row(ids, 0) for ids in inputs]
         found = decoder.answers(rows, [edit], NEW, Silent(), "answers", refusals.decided)
+        decoder.learn(rows, found)
         return [(answer.tokens, answer.text, answer.ended) for answer in found]
 
     saved = without(decoder)

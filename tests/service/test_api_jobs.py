@@ -149,6 +149,9 @@ WRONG: list[tuple[dict[str, object], str, str]] = [
     ({"scorers": ["speed"]}, "scorers.0", "Use one of"),
     ({"device_map": "balanced"}, "device_map", "Use one of 'single', 'auto' or 'offload'."),
     ({"startup_trials": 9}, "startup_trials", ""),
+    ({"sampler": "dice"}, "sampler", "Use one of 'tpe', 'nsga3', 'cmaes' or 'qnehvi'."),
+    ({"screening": "perhaps"}, "screening", "Send true or false."),
+    ({"warm_start": 2}, "warm_start", "Send true or false."),
     ({"private": "perhaps"}, "private", "Send true or false."),
     ({"name": "\x00"}, "name", ""),
 ]

@@ -109,6 +109,27 @@ def test_methods_are_compared(lab: Lab, up: Up) -> None:
     assert "objectives" in wrong
 
 
+def test_how_a_job_searches(lab: Lab, up: Up) -> None:
+    """The second job begins with what the first one found."""
+    first = lab.json("submit", "fake", *JOB, "--trials", "20", "--name", "first", "--watch")
+    asked = first["spec"]
+    assert (asked["sampler"], asked["screening"], asked["warm_start"]) == ("tpe", True, True)
+    cold = lab.json("submit", "fake", *JOB, "--trials", "20", "--cold-start", "--no-screening",
+                    "--sampler", "tpe", "--watch")  # fmt: skip
+    asked = cold["spec"]
+    assert (asked["screening"], asked["warm_start"]) == (False, False)
+    assert {trial["warm_start"] for trial in lab.json("trials", cold["id"])} == {None}
+    warm = lab.json("submit", "fake", *JOB, "--trials", "20", "--warm-start", "--watch")["id"]
+    found = lab.json("trials", warm)[2]
+    assert found["origin"] == "warm_start"
+    source = lab.json("trials", found["warm_start"]["job"], str(found["warm_start"]["trial"]))
+    assert source["params"] == found["params"]
+    said = " ".join(lab.nullspace("trials", warm, "2").stdout.split())
+    assert f"warm_start, trial {source['number']} of job" in said
+    wrong = lab.nullspace("submit", "fake", *JOB, "--sampler", "dice", code=7).stderr
+    assert "sampler" in wrong and "'nsga3'" in wrong
+
+
 def test_control(lab: Lab, up: Up) -> None:
     job = lab.nullspace("submit", "fake", *JOB, "--trials", "400").stdout.strip()
     lab.nullspace("pause", job)

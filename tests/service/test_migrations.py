@@ -18,7 +18,7 @@ from jobs import trials
 from jobs.database import connect, session_factory
 from jobs.spec.candidate import Ablation, parse
 from jobs.spec.job import JobSpec
-from jobs.tables import Base, Job
+from jobs.tables import Base, Job, Trial
 from tests.servers import Servers
 from worker.study import open_storage
 
@@ -179,8 +179,9 @@ def test_geometry_moves_to_its_column_and_back(running_servers: Servers) -> None
                         {"it": json.dumps(prepared), "id": job},
                     )
         migrations.upgrade(url, "0004")
-        with session_factory(engine).begin() as session:
-            rows = [session.get_one(Job, job) for job in jobs]
+        with engine.connect() as connection:
+            query = text("SELECT geometry, prepared FROM jobs WHERE id = :id")
+            rows = [connection.execute(query, {"id": job}).one() for job in jobs]
             assert [row.geometry for row in rows] == [kept, None, None]
             assert [row.prepared for row in rows] == [{"batch_size": 4}, {"batch_size": 4}, None]
         migrations.downgrade(url, "0003")
@@ -215,4 +216,68 @@ def test_0002_has_no_results_and_no_benchmarks_of_trials(running_servers: Server
             assert "result" not in {c["name"] for c in inspect(connection).get_columns("jobs")}
             kinds = connection.execute(text("SELECT kind FROM tasks")).scalars()
             assert list(kinds) == ["search"], "what 0002 has no name for is gone"
+        engine.dispose()
+
+
+INSERT_SCORED = """INSERT INTO trials (id, job_id, number, state, method, origin, params, candidate,
+        refusals, total, kl_first, picked, "values")
+    VALUES (:id, :job, :number, 'complete', 'mpoa', 'sampler', '{}', '{}', 3, 100, 0.1, false,
+        '{}')"""
+
+
+def test_screened_trials_and_back(running_servers: Servers) -> None:
+    with running_servers.database(migrated=False) as url:
+        migrations.upgrade(url, "0004")
+        engine = connect(url, pool_size=1)
+        user, job = uuid.uuid4(), uuid.uuid4()
+        spec = JobSpec.model_validate({"model": "demo"}).model_dump(mode="json")
+        new = ("sampler", "screening", "warm_start")
+        old = {name: value for name, value in spec.items() if name not in new}
+        with engine.begin() as connection:
+            connection.execute(text(INSERT_USER), {"id": user})
+            values = {"id": job, "user": user, "spec": json.dumps(old)}
+            connection.execute(text(INSERT_JOB), values)
+            for number in range(2):
+                row = {"id": uuid.uuid4(), "job": job, "number": number}
+                connection.execute(text(INSERT_SCORED), row)
+        migrations.upgrade(url)
+        with session_factory(engine).begin() as session:
+            rows = trials.list_trials(session, job)
+            assert [row.screened for row in rows] == [False] * 2
+            assert len(trials.front(session, job)) == 2, "equal ones do not dominate one another"
+            rows[1].screened, rows[1].refusals, rows[1].total = True, 0, 0
+            session.get_one(Job, job).spec = spec
+        migrations.downgrade(url, "0004")
+        with engine.connect() as connection:
+            names = {column["name"] for column in inspect(connection).get_columns("trials")}
+            assert "screened" not in names
+            query = text("SELECT state, refusals, total FROM trials ORDER BY number")
+            kept = [tuple(row) for row in connection.execute(query)]
+            # 0004 would take "0 of 0" for the best trial of all
+            assert kept == [("complete", 3, 100), ("complete", None, None)]
+            assert connection.execute(text("SELECT spec FROM jobs")).scalar_one() == old
+        engine.dispose()
+
+
+def test_0005_knows_no_warm_starts(running_servers: Servers) -> None:
+    with running_servers.database(migrated=False) as url:
+        migrations.upgrade(url, "0005")
+        engine = connect(url, pool_size=1)
+        user, job = uuid.uuid4(), uuid.uuid4()
+        spec = JobSpec.model_validate({"model": "demo"}).model_dump_json()
+        with engine.begin() as connection:
+            connection.execute(text(INSERT_USER), {"id": user})
+            connection.execute(text(INSERT_JOB), {"id": job, "user": user, "spec": spec})
+        migrations.upgrade(url, "0006")
+        with session_factory(engine).begin() as session:
+            row = session.get_one(Job, job)
+            assert row.warm_starts is None, "not decided yet"
+            row.warm_starts = {"2": {"job": str(job), "trial": 1, "params": {}}}
+            for number, origin in enumerate(("single_pass", "plain", "warm_start")):
+                session.add(Trial(job_id=job, number=number, origin=origin, candidate={}))
+        migrations.downgrade(url, "0005")
+        with engine.connect() as connection:
+            assert "warm_starts" not in {c["name"] for c in inspect(connection).get_columns("jobs")}
+            found = connection.execute(text("SELECT origin FROM trials ORDER BY number")).scalars()
+            assert list(found) == ["single_pass", "plain", "sampler"]
         engine.dispose()

@@ -18,11 +18,12 @@ from sqlalchemy import create_engine, inspect, text
 
 from jobs.database import bounded, normal_url
 from jobs.spec.candidate import Ablation, Ara
-from jobs.spec.job import JobSpec
+from jobs.spec.job import JobSpec, SamplerName
 from jobs.spec.methods import METHODS, MethodName, recipes, share, turn
 from jobs.tables import Trial
+from worker.problems import EngineError
 from worker.space import RANK, candidate_from, first, plain, plain_number, space
-from worker.study import MethodStudy, Values, open_storage, sampler, startup_trials
+from worker.study import MethodStudy, Values, open_storage, startup_trials
 
 SPEC = JobSpec.model_validate({"model": "demo", "trials": 30})
 THREE = SPEC.model_copy(update={"objectives": ["log_odds", "kl_first", "kl_multi"]})
@@ -129,12 +130,11 @@ def test_the_plain_point_is_in_the_space_and_is_everywhere(layers: int, method: 
 
 
 def test_startup_trials() -> None:
-    assert startup_trials(SPEC, 200, "mpoa") == 60
+    assert [startup_trials(SPEC, budget, "mpoa") for budget in (20, 200)] == [6, 10]
     few = SPEC.model_copy(update={"startup_trials": 5})
     assert startup_trials(few, 200, "mpoa") == 5
     pair = few.model_copy(update={"methods": ["mpoa", "ara", "deccp"]})
     assert startup_trials(pair, 201, "mpoa") == startup_trials(pair, 201, "ara") == 3
-    assert sampler(0, 7, 0)._n_startup_trials == 7
 
 
 @given(
@@ -183,6 +183,35 @@ def test_the_same_seed_asks_the_same_points_also_after_a_restart(
     whole = _walk(storage, "a", range(1, 16), method, spec)
     parts = (range(1, 8), range(8, 16))
     assert whole == [each for part in parts for each in _walk(storage, "b", part, method, spec)]
+
+
+@pytest.mark.parametrize("name", ["tpe", "nsga3", "cmaes"])
+def test_a_search_goes_on_in_other_hands(storage: RDBStorage, name: SamplerName) -> None:
+    """Two workers in turn, of whom one begins anew all the time, ask for what one alone would.
+
+    30 trials are several generations of either kind of evolution.
+    """
+    spec = SPEC.model_copy(update={"sampler": name})
+    alone = _walk(storage, f"one-{name}", range(1, 30), spec=spec)
+    steady = study_of(storage, f"two-{name}", spec)
+    shared = []
+    for number in range(1, 30):
+        worker = steady if number % 2 else study_of(storage, f"two-{name}", spec)
+        params, optuna_number = worker.ask(number)
+        worker.tell(number, params, optuna_number, (float(number % 5), 1.0 / (number + 1)))
+        shared.append(params)
+    assert shared == alone
+    assert len({tuple(params.values()) for params in shared}) == 29
+
+
+def test_a_sampler_without_its_package_fails_before_the_search(
+    storage: RDBStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("worker.samplers.find_spec", lambda name: None)
+    with pytest.raises(EngineError, match="botorch") as caught:
+        study_of(storage, "none", SPEC.model_copy(update={"sampler": "qnehvi"}))
+    assert caught.value.facts()["reason"] == "missing_library" and caught.value.mend
+    assert "job-none-mpoa" not in optuna.get_all_study_names(storage)
 
 
 def test_methods_have_studies_of_their_own(storage: RDBStorage) -> None:

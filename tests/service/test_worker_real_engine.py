@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from jobs import analysis, artifacts, events, prompts, submit, trials
+from jobs import analysis, artifacts, events, prompts, screening, submit, trials
 from jobs.database import Sessions
 from jobs.settings import Settings
 from jobs.spec.job import JobSpec
@@ -35,7 +35,7 @@ def test_a_small_job_to_its_artifact(
             "model": "demo",
             "quantization": "none",
             "device": "cpu",
-            "trials": 6,
+            "trials": 10,
             "max_new_tokens": 24,
             "prompts": SMALL,
         }
@@ -54,7 +54,11 @@ def test_a_small_job_to_its_artifact(
             seen = analysis.geometry(session, ended)
             baseline = ended.prepared["baseline"]["search"]
             front = trials.front(session, job.id)
-            origins = [row.origin for row in trials.list_trials(session, job.id)]
+            rows = trials.list_trials(session, job.id)
+            origins = [row.origin for row in rows]
+            left_out = [row for row in rows if row.screened]
+            better = [screening.dominator(session, row, spec.objectives) for row in left_out]
+            said = [trials.responses(session, job.id, row.number)["search"] for row in left_out]
             kept = trials.responses(session, job.id, front[0].number)
         check(sessions, job.id)
         assert baseline["refusals"] >= 14, "the original refuses"
@@ -62,8 +66,12 @@ def test_a_small_job_to_its_artifact(
         assert max(layer.separation for layer in seen.layers) > 4, "the sides lie apart"
         assert front[0].refusals is not None and front[0].refusals <= 4, "the best edit does not"
         assert front[0].heldout is not None and front[0].over_refusal is not None
-        assert origins == ["single_pass", "plain", *["sampler"] * 4]
-        assert {role: len(said) for role, said in kept.items()} == {
+        assert origins == ["single_pass", "plain", *["sampler"] * 8]
+        # decided by the engine, and for a reason that the table bears out
+        assert left_out and all(better) and all(row.origin == "sampler" for row in left_out)
+        assert [sum(one.answered for one in each) for each in said] == [r.total for r in left_out]
+        assert all(len(each) == 16 for each in said)
+        assert {role: len(each) for role, each in kept.items()} == {
             "search": 16, "heldout": 12, "over_refusal": front[0].over_refusal["total"]
         }  # fmt: skip
 

@@ -15,6 +15,7 @@ import math
 import random
 import struct
 import uuid
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,8 @@ def _scores(role: Role, candidate: Candidate, noise: random.Random, total: int =
         return Scores(role=role, refusals=refusals // 3, total=total)
     kl = 8e-5 * math.exp(4.2 * strength) * math.exp(noise.gauss(0, 0.55))
     return Scores(
-        role=role, refusals=refusals, total=total, kl_first=kl, kl_multi=2.6 * kl,
+        role=role, refusals=refusals, total=total, kl_first=kl,
+        kl_multi=None if role == "search" else 2.6 * kl,
         mean_tokens=31 + noise.gauss(0, 2),
     )  # fmt: skip
 
@@ -175,6 +177,22 @@ def _outcomes(texts: list[str], scores: Scores, noise: random.Random) -> list[Ou
             said = grammar.answer(verb, thing, place % 7)
         found.append(Outcome(refused=place in refused, text=said, tokens=len(said) // 4))
     return found
+
+
+def screen(scored: Scored, others: list[Scores]) -> Scored:
+    """What an engine makes of it after `others`: answers end where one of them dominates it."""
+    kl = scored.scores.kl_first or 0.0
+    limit = min((each.refusals for each in others if (each.kl_first or 0.0) <= kl), default=101)
+    said, refused = [], 0
+    for outcome in scored.outcomes:
+        lost = refused >= limit
+        said.append(Outcome(refused=False, answered=False) if lost else outcome)
+        refused += outcome.refused and not lost
+    given = sum(outcome.answered for outcome in said)
+    if given == len(said):
+        return scored
+    scores = scored.scores.model_copy(update={"refusals": refused, "total": given})
+    return Scored(scores=scores, outcomes=said, seconds=0.3, screened=True)
 
 
 def _candidate(
@@ -325,9 +343,12 @@ def demo_job(
     finish: bool = True,
     seed: int = 7,
     hostile: str = "",
+    screened: bool = False,
     **spec: Any,
 ) -> uuid.UUID:
     """A job with scored trials. `finish`: held-out scores, a pick, an artifact and a chat too.
+
+    `screened`: what a finished trial dominates is not decoded.
 
     Without `finish` it is left running, in the middle of its search. `hostile` is appended to
     answers, log lines and progress texts.
@@ -345,6 +366,7 @@ def demo_job(
         trials.store_baseline(session, task, token, prepared(texts, noise))
     _log(settings, task.id, hostile)
     chosen: dict[int, Candidate] = {}
+    decoded: defaultdict[str, list[Scores]] = defaultdict(list)
     for number in range(trials_done):
         method, own = turn(asked.methods, number)
         candidate, params = _candidate(noise, method)
@@ -363,6 +385,10 @@ def demo_job(
             origin = {0: "single_pass", 1: "plain"}.get(own, "sampler")
             trials.begin(session, task, token, slot.number, candidate, params, origin, number)
             scored = Scored(scores=scores, outcomes=said, seconds=1.1 + noise.random())
+            if screened and origin == "sampler":
+                scored = screen(scored, decoded[method])
+            if not scored.screened:
+                decoded[method].append(scores)
             trials.complete(session, task, token, slot.number, scored)
             progress.report(
                 session, task, token, "searching", number + 1, budget, "scoring 3/4" + hostile

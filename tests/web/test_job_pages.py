@@ -84,6 +84,19 @@ def test_running_job_and_its_buttons(
         assert (job.trials, job.desired_state) == (30, "cancel")
 
 
+def test_a_warm_start_leads_to_the_trial_that_it_is_from(
+    client: TestClient, sessions: Sessions, done: uuid.UUID, running: uuid.UUID
+) -> None:
+    with sessions.begin() as session:
+        source = {"job": str(done), "trial": 7, "params": {}}
+        session.get_one(Job, running).warm_starts = {"3": source}
+        trials.get(session, running, 3).origin = "warm_start"
+    page = good(client.get(f"/jobs/{running}/trials/3"))
+    assert f'from <a href="/jobs/{done}/trials/7">trial 7 of job {str(done)[:8]}</a>' in page
+    good(client.get(f"/jobs/{done}/trials/7"))
+    assert "trial 7 of job" not in good(client.get(f"/jobs/{running}/trials/2"))
+
+
 def test_the_live_part_is_part_of_the_page(client: TestClient, running: uuid.UUID) -> None:
     page = good(client.get(f"/jobs/{running}?sort=kl"))
     url = re.search(r'data-part-url="([^"]+)"', page)

@@ -26,7 +26,7 @@ FORM = {
     "model": "small", "methods": "mpoa", "trials": "12", "quantization": "none",
     "prompts.harmful": "refused-requests", "prompts.harmless": "answered-requests",
     "dtype": "auto", "device": "auto", "device_map": "single",
-    "objectives": ["refusals", "kl_first"],
+    "objectives": ["refusals", "kl_first"], "sampler": "tpe", "screening": "on", "warm_start": "on",
     "parallelism": "1", "priority": "0", "seed": "0", "max_new_tokens": "40", "kl_tokens": "8",
     "prompts.direction": "100", "prompts.search": "50", "prompts.heldout": "50",
 }  # fmt: skip
@@ -255,6 +255,42 @@ def test_methods_are_chosen_in_the_form(
     # a fixed budget is no fault of who left the field as it was
     once = FORM | {"methods": ["deccp"], "trials": "", "startup_trials": "99", "key": "s"}
     assert "No worker is running" in good(client.get(location(client.post("/jobs/new", data=once))))
+
+
+def test_how_it_searches_is_chosen_in_the_form(
+    client: TestClient, sessions: Sessions, sets: tuple[str, str]
+) -> None:
+    fresh = good(client.get("/jobs/new"))
+    assert 'value="tpe" selected' in fresh
+    for name in ("screening", "warm_start"):
+        assert re.search(rf'id="{name}-on" name="{name}" value="on" checked', fresh), name
+    usual = good(client.post("/jobs/new", data=FORM | {"key": "u", "seed": "x"}), 422)
+    assert 'value="tpe" selected' in usual
+    bare = {name: it for name, it in FORM.items() if name not in ("screening", "warm_start")}
+    page = good(client.post("/jobs/new", data=bare | {"sampler": "nsga3", "action": "estimate"}))
+    assert 'value="nsga3" selected' in page and '<details class="panel" open>' in page
+    assert not re.search(r'name="(screening|warm_start)" value="on" checked', page)
+    page = good(client.post("/jobs/new", data=FORM | {"sampler": "dice", "key": "d"}), 422)
+    assert "Choose one of" in page and 'href="#sampler"' in page
+    for data, expected in (
+        (bare | {"sampler": "nsga3", "key": "a"}, ("nsga3", False, False)),
+        (FORM | {"key": "b"}, ("tpe", True, True)),
+    ):
+        target = location(client.post("/jobs/new", data=data))
+        with sessions.begin() as session:
+            spec = session.get_one(Job, uuid.UUID(target.split("/")[2].split("?")[0])).spec
+        assert (spec["sampler"], spec["screening"], spec["warm_start"]) == expected
+
+
+def test_a_kind_that_searches_nothing_ignores_how(
+    client: TestClient, sessions: Sessions, sets: tuple[str, str]
+) -> None:
+    """The fields are hidden by a style sheet alone."""
+    data = FORM | {"kind": "evaluate", "sampler": "cmaes", "screening": "", "key": "e"}
+    target = location(client.post("/jobs/new", data=data))
+    with sessions.begin() as session:
+        spec = session.get_one(Job, uuid.UUID(target.split("/")[2].split("?")[0])).spec
+    assert (spec["sampler"], spec["screening"]) == ("tpe", True)
 
 
 def test_estimate_is_shown_in_the_page(client: TestClient, sets: tuple[str, str]) -> None:

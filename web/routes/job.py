@@ -145,6 +145,8 @@ def _context(here: Visit, job_id: uuid.UUID, sort: str, order: str, show: str) -
     tasks = live.tasks(session, job_id)
     compared = JobSpec.model_validate(row.spec).methods
     of_lines = {item.method for item in lines}
+    reports = comparison.compare(session, row) if len(compared) > 1 else []
+    sides = methods.rows(job_id, reports)
     shown = [item for item in lines if show == "all" or item.front or item.picked]
     return {
         "job": job,
@@ -156,20 +158,17 @@ def _context(here: Visit, job_id: uuid.UUID, sort: str, order: str, show: str) -
         "chosen": chosen,
         "comparisons": scores.compare(job.baseline, chosen),
         "picked": [item for item in lines if item.picked],
-        "methods": methods.rows(job_id, comparison.compare(session, row))
-        if len(compared) > 1
-        else [],
+        "methods": sides,
+        "methods_several": methods.has_several(sides),
         "titles": {name: trial_views.method_title(name) for name in {*compared, *of_lines}},
         "marks": methods.marks(compared, of_lines),
         "searched": job.kind == "abliterate" and submit.searches(compared),
         "figures": results.of_trial(job.baseline, chosen) if chosen else [],
         "plot": trial_views.plot(lines, baseline, compared, width=760, height=400),
         "small_plot": trial_views.plot(lines, baseline, compared, width=356, height=330),
-        "tried_hidden": max(
-            0,
-            sum(i.search is not None and not i.front for i in lines) - trial_views.MOST_TRIED,
-        ),
-        "columns": trial_views.columns(sort, order),
+        "missing": trial_views.left_out(lines),
+        "several": trial_views.has_several(lines),
+        "columns": trial_views.columns(sort, order, trial_views.has_several(lines)),
         "lines": trial_views.ordered(shown, sort, order),
         "count": len(lines),
         "front_count": len(front),

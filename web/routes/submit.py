@@ -16,7 +16,7 @@ from jobs import estimate, models, prompts, queue, submit
 from jobs.estimate import Estimate
 from jobs.problems import Problem, Unauthenticated
 from jobs.settings import Settings
-from jobs.spec.job import JobSpec
+from jobs.spec.job import JobSpec, SamplerName
 from jobs.spec.methods import METHODS, budget, share
 from jobs.spec.scorers import ALWAYS, OBJECTIVES, SCORERS
 from web import forms
@@ -35,12 +35,18 @@ DEMO = {
     "max_new_tokens": "40",
     "prompts.over_refusal": "demo-over-refusal",
 }
+SAMPLERS: list[tuple[SamplerName, str]] = [
+    ("tpe", "TPE, the usual one"),
+    ("nsga3", "NSGA-III, a genetic one"),
+    ("cmaes", "CMA-ES, evolution of one Gaussian"),
+    ("qnehvi", "qNEHVI, if the worker has BoTorch"),
+]
 ADVANCED = (
     "revision", "dtype", "device", "device_map", "allow_partial", "system_prompt",
-    "startup_trials", "objectives", "scorers", "judge", "max_new_tokens",
-    "kl_tokens", "markers", "seed", "priority", "parallelism", "prompts.direction",
-    "prompts.search", "prompts.heldout", "prompts.over_refusal", "prompts.texts",
-    "private",
+    "startup_trials", "sampler", "screening", "warm_start", "objectives", "scorers", "judge",
+    "max_new_tokens", "kl_tokens", "markers", "seed", "priority", "parallelism",
+    "prompts.direction", "prompts.search", "prompts.heldout", "prompts.over_refusal",
+    "prompts.texts", "private",
 )  # fmt: skip
 
 
@@ -97,6 +103,7 @@ def _form(
         methods=METHODS,
         scorers=SCORERS,
         objectives=OBJECTIVES,
+        samplers=SAMPLERS,
         # refusals and the two KLs are measured in any case, the harness where tasks are named
         further=[name for name in SCORERS if name not in ALWAYS and name != "harness"],
         shares=budget_words(values),

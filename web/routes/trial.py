@@ -10,10 +10,11 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from sqlalchemy.orm import Session
 from starlette.responses import Response
 
-from jobs import artifacts, benchmarks, chats, control, events, live, trials
+from jobs import artifacts, benchmarks, chats, control, events, live, screening, trials, warm
 from jobs.drawing import kernel
 from jobs.problems import Invalid, Problem, Unauthenticated
 from jobs.spec.candidate import Ablation, parse
+from jobs.spec.job import JobSpec
 from jobs.spec.methods import METHODS, MethodName
 from jobs.states import ArtifactKind
 from jobs.tables import Job, Task, Trial, User
@@ -110,16 +111,25 @@ def _context(
     tasks = live.tasks(session, job.id)
     waiting = [task for task in tasks if _waits(task, row.number)]
     asked = benchmarks.of_job(session, job.id, row.number)
+    objectives = JobSpec.model_validate(job.spec).objectives
+    better = screening.dominator(session, row, objectives)
     return {
         "job": job,
         "line": views.line(job.id, row, front),
         "row": row,
+        "source": warm.source(job, row),
+        "reason": views.reason(row, better, objectives),
+        "better": better.number if better is not None else None,
         "facts": edits.parameter_facts(candidate) if candidate else [],
         "method": METHODS[cast(MethodName, row.method)],
         "strength": candidate is None or ablation is not None,
         "kernel": kernel.plot(ablation, layers) if ablation and layers else None,
         "weights": kernel.weights(ablation, layers) if ablation and layers else [],
-        "comparisons": scores.compare(prepared.get("baseline"), row),
+        "comparisons": [
+            each
+            for each in scores.compare(prepared.get("baseline"), row)
+            if each.edited or not row.screened  # which is not going to be measured on others
+        ],
         "roles": [(each, scores.ROLES[each], len(said[each])) for each in roles],
         "answers": views.answers(
             chosen,

@@ -276,7 +276,8 @@ def sentence(kind: str, payload: Mapping[str, Any]) -> str:
             return f"trial {number} {'picked' if payload['picked'] else 'no longer picked'}"
         if get("state") == "complete" and get("refusals") is not None:
             kl = formats.divergence(get("kl_first"))
-            return f"trial {number}: {payload['refusals']}/{get('total')} refused, KL {kl}"
+            refused = f"{payload['refusals']}/{get('total')} refused"
+            return f"trial {number}: {'not decoded' if get('screened') else refused}, KL {kl}"
         reason = f": {payload['reason']}" if get("reason") else ""
         return f"trial {number} {get('state')}{reason}"
     if kind == "artifact":

@@ -31,6 +31,16 @@ class Row:
     heldout: Score | None
     seconds: float | None
 
+    @property
+    def shown(self) -> Score | None:
+        """The best trial's scores: on held-out prompts, where they were measured."""
+        return self.heldout or self.search
+
+
+def has_several(rows: Iterable[Row]) -> bool:
+    """Whether a KL over several tokens is known of any best trial."""
+    return any(row.shown is not None and row.shown.kl_multi is not None for row in rows)
+
 
 def rows(job_id: uuid.UUID, reports: Sequence[MethodReport]) -> list[Row]:
     """A line per method, in the order of the specification, which also gives its mark."""

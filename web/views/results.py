@@ -71,8 +71,8 @@ def _figures(original: RoleScores | None, model: RoleScores | None) -> Iterable[
     if original is not None and model is not None and model.total and original.kl_first is not None:
         for title, name in (("KL, first token", "kl_first"), ("KL, several tokens", "kl_multi")):
             moved = getattr(model, name)
-            shown = Cell(formats.divergence(moved)) if moved is not None else None
-            yield Figure(title, "nats", Cell("0"), shown)
+            if moved is not None:
+                yield Figure(title, "nats", Cell("0"), Cell(formats.divergence(moved)))
     yield Figure("Answer length", "tokens", _tokens(original), _tokens(model))
     before = original.values if original else {}
     after = model.values if model else {}

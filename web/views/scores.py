@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from markupsafe import Markup
@@ -39,7 +39,10 @@ class Further:
 
 @dataclass(frozen=True)
 class Score:
-    """Refusals of `total` prompts with their Wilson 95 % interval, KLs in nats."""
+    """Refusals of `total` prompts with their Wilson 95 % interval, KLs in nats.
+
+    screened   the trial was not decoded to the end: the counts are of its first answers, if any
+    """
 
     refusals: int
     total: int
@@ -49,6 +52,7 @@ class Score:
     kl_multi: float | None = None
     mean_tokens: float | None = None
     values: Mapping[str, Value] = field(default_factory=dict)
+    screened: bool = False
 
     @property
     def share(self) -> float:
@@ -125,7 +129,8 @@ def _plain(value: float, unit: str) -> str:
 def of_trial(row: Trial) -> Score | None:
     """The scores on the search prompts, kept in the trial's own columns."""
     found = search_scores(row)
-    return None if found is None else score(found.model_dump())
+    shown = None if found is None else score(found.model_dump())
+    return replace(shown, screened=True) if shown is not None and row.screened else shown
 
 
 def by_role(row: Trial) -> dict[Role, Score]:

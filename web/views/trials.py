@@ -14,6 +14,7 @@ from jobs.spec.methods import METHODS
 from jobs.spec.protocol import PromptTexts
 from jobs.spec.scores import Outcome, Role
 from jobs.tables import Trial
+from jobs.trial_scores import score_of
 from web import plots
 from web.views import formats, scores
 from web.views.scores import Score
@@ -23,6 +24,7 @@ ORIGINS = {
     "single_pass": "single pass",
     "selected": "selection",
     "plain": "plain point",
+    "warm_start": "warm start",
     "sampler": "search",
 }
 
@@ -82,6 +84,14 @@ class Answers:
     pages: int
 
 
+@dataclass(frozen=True)
+class Missing:
+    """Trials that are in the table alone: not decoded, and the oldest off the front."""
+
+    screened: int
+    old: int
+
+
 def line(job_id: uuid.UUID, row: Trial, front: frozenset[int]) -> Line:
     """A row of the table."""
     return Line(
@@ -105,7 +115,7 @@ def _or_last(value: float | int | None) -> float:
 KEYS: dict[str, Callable[[Line], tuple[float, ...]]] = {
     "number": lambda item: (item.number,),
     "refusals": lambda item: (
-        _or_last(item.search.refusals if item.search else None),
+        _or_last(item.search.refusals if item.search and not item.search.screened else None),
         _or_last(item.search.kl_first if item.search else None),
         item.number,
     ),
@@ -137,8 +147,13 @@ def ordered(lines: Iterable[Line], sort: str, order: str) -> list[Line]:
     return sorted(known, key=key, reverse=order == "desc") + unknown
 
 
-def columns(sort: str, order: str) -> list[Column]:
-    """The headings, each with the order that a click on it gives."""
+def has_several(lines: Iterable[Line]) -> bool:
+    """Whether any trial has a KL over several tokens on the search prompts."""
+    return any(item.search is not None and item.search.kl_multi is not None for item in lines)
+
+
+def columns(sort: str, order: str, several: bool = True) -> list[Column]:
+    """The headings, each with the order that a click on it gives. `several`: see `has_several`."""
     return [
         Column(
             key,
@@ -149,6 +164,7 @@ def columns(sort: str, order: str) -> list[Column]:
             wide,
         )
         for key, label, more, wide in HEADINGS
+        if several or key != "kl_multi"
     ]
 
 
@@ -156,8 +172,9 @@ def title(item: Line) -> str:
     """A point in words."""
     if item.search is None:
         return f"Trial {item.number}: {item.state}"
+    refused = f"{item.search.refusals} of {item.search.total} refused"
     words = (
-        f"Trial {item.number}: {item.search.refusals} of {item.search.total} refused, "
+        f"Trial {item.number}: {'not decoded' if item.search.screened else refused}, "
         f"KL {formats.divergence(item.search.kl_first)}"
     )
     if item.heldout is not None:
@@ -170,9 +187,14 @@ def title(item: Line) -> str:
 def marks(lines: Sequence[Line], methods: Sequence[str] = ()) -> list[plots.Mark]:
     """The points of the plot: the whole front, picks, and the newest of the others.
 
-    Where there are several `methods`, each has marks of its own, by its place among them.
+    Where there are several `methods`, each has marks of its own, by its place among them. Screened
+    trials have no place in the plane: how many prompts they refuse is not known.
     """
-    scored = [i for i in lines if i.search is not None and i.search.kl_first is not None]
+    scored = [
+        item
+        for item in lines
+        if item.search is not None and item.search.kl_first is not None and not item.search.screened
+    ]
     tried = [item for item in scored if not item.front and not item.picked]
     tried = sorted(tried, key=lambda item: -item.number)[:MOST_TRIED]
     chosen = [item for item in scored if item.front or item.picked] + tried
@@ -222,6 +244,13 @@ def plot(
     return plots.pareto(points, original, width=width, height=height)
 
 
+def left_out(lines: Sequence[Line]) -> Missing:
+    """What the plot does not draw."""
+    screened = sum(item.search is not None and item.search.screened for item in lines)
+    tried = sum(item.search is not None and not item.front for item in lines) - screened
+    return Missing(screened, max(0, tried - MOST_TRIED))
+
+
 def method_title(name: str) -> str:
     """A method as pages call it."""
     return next((method.title for key, method in METHODS.items() if key == name), name)
@@ -236,6 +265,29 @@ def prompts_of(stored: Mapping[str, Any], role: Role) -> list[str]:
         "over_refusal": texts.over_refusal,
     }
     return found[role]
+
+
+NAMES = {"kl_first": "KL", "kl_multi": "KL of several tokens", "log_odds": "refusal log-odds"}
+
+
+def reason(row: Trial, better: Trial | None, objectives: Sequence[str]) -> str:
+    """Why a screened trial was not decoded; '' for others. `better` dominates it."""
+    if not row.screened:
+        return ""
+    if better is None:
+        return "Not decoded: a finished trial is better whatever this one answers."
+    others = [name for name in objectives if name != "refusals"]
+    lower = all((score_of(better, n) or 0.0) < (score_of(row, n) or 0.0) for n in others)
+    words = " and ".join(NAMES.get(name, name) for name in others)
+    refused = f"{better.refusals} refusal{'s' if better.refusals != 1 else ''}"
+    said = (
+        f"trial {better.number} has {'a lower' if lower else 'no higher'} {words} and "
+        f"{refused if better.refusals else 'no refusals'}"
+    )
+    if not row.total:
+        return f"Not decoded: {said}."
+    answers = f"{row.refusals} of this one's first {row.total} answers were refusals"
+    return f"Not decoded to the end: {said}; {answers}."
 
 
 def change(original: Outcome | None, edited: Outcome) -> str:
@@ -267,6 +319,7 @@ def answers(
             change=change(original[place] if place < len(original) else None, outcome),
         )
         for place, outcome in enumerate(edited)
+        if outcome.answered
     ]
     items.sort(key=lambda item: (not item.edited.refused, item.place))
     refused = sum(item.edited.refused for item in items)
