@@ -156,6 +156,9 @@ def test_what_a_run_says_follows_an_amended_budget(
     sessions: Sessions, quick: Settings, claim: Claim, tmp_path: Path
 ) -> None:
     """More trials are given while the search runs; a card counts those that were scored."""
+    quick = quick.model_copy(update={"lease_seconds": 30.0})  # that it lapses is not the subject
+    with sessions.begin() as session:
+        queue.renew(session, claim.task.id, claim.token, quick)
     log = TaskLog(tmp_path / "task.log")
     station = Station.open(quick, WorkerSettings(), Worker(name="w", accepts=[], device={}))
     with Lease(sessions, claim, quick, time.monotonic(), lambda: False) as lease:
