@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from engine.head import entering_head, head_of
+from engine.shared import beginning, editable_cache, leave_empty, read_beginning, rest
 from jobs.spec.memory import KL_CHUNK
 
 if TYPE_CHECKING:
     from engine.decode import Decoder
+    from engine.edit import Edit
 
 
 class Batch:
@@ -60,7 +61,27 @@ class Batch:
         self.tokens = list(tokens)
         self._station = station
         self._skipped: list[Any] = []
+        self._shared = 0  # tokens at the front of all rows that are in the cache already
         self._prompts = list(map(len, prompts))
+
+    def share(
+        self, inputs: Sequence[list[int]], edits: Sequence[Edit], numbers: Sequence[int],
+        states: Sequence[Tensor] = (),
+    ) -> None:  # fmt: skip
+        """Read what all `inputs`, the rows' tokens so far, begin with once for each edit.
+
+        Before anything else; `numbers`: the edit of each row, `states` as in `verify`.
+        """
+        if not self.drafts:
+            return
+        self._shared = beginning(self._decoder, inputs, len(set(numbers)))
+        if self._shared:
+            first = states[0][: self._shared] if states else None
+            self._skipped = read_beginning(
+                self._decoder, inputs[0][: self._shared], edits, numbers, self._cache,
+                self._station, first,
+            )  # fmt: skip
+            self._ids, self._mask = rest(self._ids, self._mask, self._shared)
 
     def step(self, steps: int) -> None:
         """`steps` tokens for every row, one forward each, left on the device until the last."""
@@ -138,38 +159,22 @@ class Batch:
         for whole, prompt, tokens, draft in zip(
             states, self._prompts, self.tokens, drafts, strict=True
         ):
-            start = 0 if self._newest is None else prompt + len(tokens) - 1
+            start = self._shared if self._newest is None else prompt + len(tokens) - 1
             part = whole[start : prompt + len(tokens) + len(draft)]
             behind = longest - len(draft)
             rows.append(pad(part, (0, 0, width - len(part) - behind, behind)))
         with self._decoder.lower.skipping(self._station, torch.stack(rows)):
             yield
-        # The blocks that were skipped hold nothing; as long as the others, because models ask the
-        # first for how much the cache holds.
-        held = self._mask.shape[1] + longest
-        empty = self._mask.new_zeros(1).expand(len(rows), 1, held, 1)
-        if self._newest is None:
+        if self._newest is None and not self._shared:
             self._skipped = [layer for layer in self._cache.layers if not layer.is_initialized]
-        for layer in self._skipped:
-            if not layer.is_initialized:
-                layer.lazy_initialization(empty, empty)
-            layer.keys = layer.values = empty
+        leave_empty(self._skipped, len(rows), self._mask.shape[1] + longest, self._mask.device)
 
     def _editable(self, new: int) -> bool:
-        """Whether tokens can be taken out of the cache: it holds keys and values of all of them.
-
-        A sliding window that nothing leaves is replaced by a cache without one.
-        """
-        if self._cache is None:
-            return False
-        longest = self._mask.shape[1] + 2 * new
-        for layer in self._cache.layers:
-            if type(layer) is DynamicSlidingWindowLayer and layer.sliding_window > longest:
-                continue
-            if type(layer) is not DynamicLayer:
-                return False
-        self._cache = DynamicCache()
-        return True
+        """Whether tokens can be taken out of the cache: it holds keys and values of all of them."""
+        plain = editable_cache(self._decoder, self._mask.shape[1] + 2 * new)
+        if plain is not None:
+            self._cache = plain
+        return plain is not None
 
     def _first(self, counts: list[int], width: int) -> Tensor:
         """A mask (rows, width) of the first counts[b] columns of each row."""

@@ -59,6 +59,7 @@ class Decoder:
     caches    whether a step reads the newest token alone; else all tokens again
     mixes     whether what a row says depends on what shares its batch: LLM.int8 picks its outliers
               over all of it, so that only plain decoding gives the same answers again
+    shares    whether what all prompts begin with may be read once (`engine.shared`)
     drafts    earlier answers, of which new ones are made faster; None where the model bears none
     lower     what the original computes below an edit, kept; None where the model does not bear it
     sharing   decoders that score side by side, which share the free memory
@@ -77,6 +78,7 @@ class Decoder:
         self.batch_size = 1
         self.limit = limit
         self.pads = self.caches = True
+        self.shares = False
         self.mixes = bool(getattr(model, "is_loaded_in_8bit", False))
         self.drafts: Drafts | None = None
         self.lower: Lower | None = None

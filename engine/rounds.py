@@ -125,13 +125,16 @@ def _rounds(
     longer known are left as they are."""
     if not live:
         return
-    _select(decoder, edits, [one.row.edit for one in live])
+    edits, numbers = _used(edits, [one.row.edit for one in live])
+    decoder.select(edits, numbers)
     # Who reads along wants the text token by token.
     drafting = decoder.drafts is not None and plan.on_text is None
     prompts, tokens = [one.row.ids for one in live], [one.tokens for one in live]
     batch = Batch(decoder, prompts, tokens, plan.most, drafting, station)
     if station and not batch.drafts:
         return
+    inputs = [one.row.ids + one.tokens for one in live]
+    batch.share(inputs, edits, numbers, [one.known[0][1] for one in live] if station else [])
     while live:
         # 1. some tokens more
         _read_on(decoder, batch, live, plan, station)
@@ -200,11 +203,12 @@ def _leave(live: list[_Live], plan: Plan) -> None:
             plan.finish(one.index, NOTHING)
 
 
-def _select(decoder: Decoder, edits: Sequence[Edit], rows: list[int]) -> None:
-    """Select only those of `edits` that a batch uses: each costs memory in every writer."""
+def _used(edits: Sequence[Edit], rows: list[int]) -> tuple[list[Edit], list[int]]:
+    """Only those of `edits` that a batch uses, each of which costs memory in every writer; and the
+    place among them of each row's."""
     used = sorted(set(rows) - {ORIGINAL})
     place = {edit: number for number, edit in enumerate(used)} | {ORIGINAL: ORIGINAL}
-    decoder.select([edits[edit] for edit in used], [place[row] for row in rows])
+    return [edits[edit] for edit in used], [place[row] for row in rows]
 
 
 def _checked(

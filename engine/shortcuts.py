@@ -1,4 +1,4 @@
-"""Four shortcuts of decoding that some architectures do not bear: tried before all else.
+"""Five shortcuts of decoding that some architectures do not bear: tried before all else.
 
 padding   rows of different lengths share a batch, filled up on the left under a mask. Recurrent
           models without a mask (RWKV, xLSTM) read the padding, as does DeepSeek V4's compression.
@@ -6,6 +6,7 @@ cache     a step reads the newest token alone, the others' keys and values are k
           keep nothing (OpenAI GPT), or in a way of their own (RWKV, MiniMax).
 drafts    earlier answers are verified in one forward, and what was wrong is taken out of the cache
           again: only where it holds the keys and values of all tokens and nothing else.
+shares    what all prompts begin with is read once, and padding stands between it and the rest.
 lower     forwards begin behind the blocks that an edit leaves as they were: only where each block
           runs once and passes one stream to the next.
 
@@ -23,10 +24,11 @@ from transformers import DynamicCache
 
 from engine.anatomy import Anatomy
 from engine.batch import Batch
-from engine.decode import Decoder
+from engine.decode import ORIGINAL, Decoder
 from engine.drafts import Drafts
 from engine.lower import Lower, padded
 from engine.memory import is_out_of_memory
+from engine.shared import editable_cache, read_beginning, rest
 
 CUTS = (0, 1, 3, 6)  # tokens left out at the front of each row that is tried
 FEWEST = 4  # tokens of a row
@@ -57,7 +59,21 @@ def choose_shortcuts(decoder: Decoder, ids: Sequence[int]) -> list[str]:
             "every token reads the whole answer again, which takes longer."
         )
     decoder.drafts = _drafts(decoder, rows)
+    decoder.shares = decoder.drafts is not None and _shares(decoder, rows)
     return warnings
+
+
+def _shares(decoder: Decoder, rows: list[list[int]]) -> bool:
+    """Whether rows that begin alike give the same when that beginning is read once for all."""
+    front = rows[0][:FEWEST]
+    whole = [front + row for row in rows]
+    cache = editable_cache(decoder, max(map(len, whole)))
+    if cache is None:
+        return False
+    read_beginning(decoder, front, [], [ORIGINAL] * len(rows), cache)
+    ids, mask = rest(*decoder.padded(whole), len(front))
+    found = decoder.forward(ids, mask, 1, cache).logits[:, -1]
+    return _alike(decoder, found, _last_logits(decoder, whole))
 
 
 def _drafts(decoder: Decoder, rows: list[list[int]]) -> Drafts | None:

@@ -17,7 +17,7 @@ and both sides of the divergence come from the same matrix product.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from engine.head import entering_head
 from engine.lower import padded
 from engine.memory import FLOAT32, Shape, forward_row, free_bytes
 from engine.report import Report
+from engine.shared import beginning, editable_cache, read_beginning, rest
 from jobs.spec.memory import KL_CHUNK, KL_SHARE, compared_rows
 
 if TYPE_CHECKING:
@@ -86,11 +87,8 @@ def reread(
         batch = pending[: decoder.together(lengths, _rows(decoder, inputs, counts))]
         with decoder.surviving(len(batch)):
             keep = max(counts[place] for place in batch)
-            decoder.select([], [])
-            ids, mask = decoder.padded([inputs[place] for place in batch])
-            seen: list[Tensor] = []
-            with entering_head(decoder.model, partial(_keep, seen)):
-                decoder.forward(ids, mask, keep)
+            given, seen = [inputs[place] for place in batch], list[Tensor]()
+            _read(decoder, given, [], [ORIGINAL] * len(given), keep, partial(_keep, seen))
             for place, row in zip(batch, seen[0], strict=True):
                 states[place] = row[-counts[place] :].to("cpu", copy=True)
         pending = [place for place in pending if place not in states]
@@ -128,9 +126,7 @@ def _of_batch(
     distinct = list(dict.fromkeys(place for place, _ in batch))
     originals = [reference.states[place] for place in distinct]
     keep = max(map(len, originals))
-    decoder.select(edits, [number for _, number in batch])
     inputs = [reference.inputs[place] for place, _ in batch]
-    ids, mask = decoder.padded(inputs)
 
     def append(states: Tensor) -> Tensor:
         """(rows, ≥ keep, d) -> (rows + prompts, keep, d): the originals below, aligned right."""
@@ -139,9 +135,7 @@ def _of_batch(
             row[-len(original) :] = original.to(states.device)
         return torch.cat([states[:, -keep:], below])
 
-    used = [edits[number] for number in {number for _, number in batch} if number != ORIGINAL]
-    with entering_head(decoder.model, append), _shortened(decoder, inputs, used):
-        logits = decoder.forward(ids, mask, keep).logits  # (rows + prompts, T, V)
+    logits = _read(decoder, inputs, edits, [number for _, number in batch], keep, append).logits
     below = {place: len(batch) + number for number, place in enumerate(distinct)}
     return [
         divergence(logits[below[place], -count:], logits[row, -count:])
@@ -150,19 +144,51 @@ def _of_batch(
     ]
 
 
-def _shortened(
+def _read(
+    decoder: Decoder,
+    inputs: Sequence[list[int]],
+    edits: Sequence[Edit],
+    numbers: Sequence[int],
+    keep: int,
+    entering: Callable[[Tensor], Tensor],
+) -> Any:
+    """The forward of `inputs` under the edits `numbers`, with logits of the last `keep` positions;
+    `entering` changes what enters the head, (rows, ≥ keep, d).
+
+    What all begin with is read once, and blocks that are known to do what they do in the original
+    are left out.
+    """
+    used = [edits[number] for number in set(numbers) if number != ORIGINAL]
+    station, states = _kept(decoder, inputs, used)
+    ids, mask = decoder.padded(inputs)
+    cache = editable_cache(decoder, ids.shape[1])
+    shared = 0 if cache is None else beginning(decoder, inputs, len(set(numbers)))
+    shared = min(shared, min(map(len, inputs)) - keep)
+    if cache is None or shared <= 0:
+        shared, cache = 0, None
+        decoder.select(edits, list(numbers))
+    else:
+        first = states[0][:shared] if station else None
+        read_beginning(decoder, inputs[0][:shared], edits, numbers, cache, station, first)
+        ids, mask = rest(ids, mask, shared)
+    passing: AbstractContextManager[None] = nullcontext()
+    if station and decoder.lower is not None:
+        passing = decoder.lower.skipping(station, padded([one[shared:] for one in states]))
+    with entering_head(decoder.model, entering), passing:
+        return decoder.forward(ids, mask, keep, cache)
+
+
+def _kept(
     decoder: Decoder, inputs: Sequence[list[int]], edits: Sequence[Edit]
-) -> AbstractContextManager[None]:
-    """Within it, a forward of `inputs` leaves out the blocks that are known to do what they do in
-    the original."""
-    station = 0 if decoder.lower is None else decoder.lower.station(edits)
+) -> tuple[int, list[Tensor]]:
+    """The block at which a forward of `inputs` may begin, and what enters it in the original,
+    (T, d) of each; 0 where that is not known of all."""
+    station = 0 if decoder.lower is None or not edits else decoder.lower.station(edits)
     if decoder.lower is None or not station:
-        return nullcontext()
+        return 0, []
     known = [decoder.lower.states(ids, station) for ids in inputs]
     states = [one for one in known if one is not None]
-    if len(states) < len(known):
-        return nullcontext()
-    return decoder.lower.skipping(station, padded(states))
+    return (station, states) if len(states) == len(known) else (0, [])
 
 
 def divergence(original: Tensor, edited: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ from optuna.trial import TrialState
 
 from jobs import comparison, control, trials
 from jobs.spec.candidate import Ablation, Ara, parse
+from jobs.spec.job import JobSpec
 from jobs.spec.methods import METHODS, turn
 from jobs.tables import Job
 from jobs.trial_scores import objectives_of
 from tests.crash.conftest import Stage
 from tests.service.processes import ring_for, wait_until
-from worker.study import open_storage
+from worker.study import open_storage, told
 
 pytestmark = pytest.mark.crash
 COMPARED = ["mpoa", "ara", "deccp", "arditi", "svd"]
@@ -28,14 +29,17 @@ def check_studies(stage: Stage, job_id: uuid.UUID) -> None:
     storage = open_storage(stage.settings.database_url, 30.0)
     with stage.sessions() as session:
         rows = trials.list_trials(session, job_id, limit=1000)
+        spec = JobSpec.model_validate(session.get_one(Job, job_id).spec)
     names = {f"job-{job_id}-{name}" for name in COMPARED if METHODS[name].kind != "fixed"}  # type: ignore[index]
     assert {name for name in optuna.get_all_study_names(storage) if str(job_id) in name} == names
     for name in names:
         study = optuna.load_study(study_name=name, storage=storage)
-        told = study.get_trials(states=[TrialState.COMPLETE])
+        known = study.get_trials(states=[TrialState.COMPLETE])
         mine = [row for row in rows if name.endswith(f"-{row.method}") and row.params]
-        expected = sorted(objectives_of(row, OBJECTIVES) or () for row in mine)
-        assert sorted(tuple(trial.values) for trial in told) == expected
+        expected = sorted(
+            told(spec, objectives_of(row, OBJECTIVES) or (), row.screened) for row in mine
+        )
+        assert sorted(tuple(trial.values) for trial in known) == expected
     storage.engine.dispose()
 
 

@@ -24,6 +24,7 @@ from engine.preparation import Ready
 from engine.report import Report, Silent
 from engine.scorers.kl import Divergence, divergences, measure_reference
 from engine.scorers.refusals import Refusals
+from engine.shared import beginning
 from engine.shortcuts import choose_lower, choose_shortcuts
 from jobs.spec.candidate import Ablation, Kernel
 from tests.engine.conftest import random_directions
@@ -40,6 +41,7 @@ PROMPTS = [
     [44, 8, 23, 61, 70, 13, 9],
     [14, 52, 7, 33, 5, 21],
 ]
+FRONT = [26, 5, 19, 47, 35, 10]  # what all of the second set begin with, as after a system prompt
 
 
 def kernel(strength: float, layers: int, reach: int) -> Kernel:
@@ -62,6 +64,7 @@ class Case:
 
     def __init__(self, model: Any, **settings: Any) -> None:
         self.model = model
+        self.prompts = PROMPTS
         self.anatomy: Anatomy = examine(model)
         self.decoder = Decoder(model, Words(), Patch(self.anatomy))
         self.decoder.ends, self.decoder.batch_size = frozenset({3}), 4
@@ -76,7 +79,7 @@ class Case:
                       builder.build(candidate(0.5, layers, layers))]  # fmt: skip
 
     def answers(self, edit: Edit) -> list[list[int]]:
-        rows = [Row(ids, 0) for ids in PROMPTS]
+        rows = [Row(ids, 0) for ids in self.prompts]
         found = self.decoder.answers(rows, [edit], NEW, Silent(), "answers")
         self.decoder.learn(rows, found)
         return [answer.tokens for answer in found]
@@ -84,14 +87,15 @@ class Case:
     def beside(self, edit: Edit, report: Report) -> list[list[int]]:
         """The answers in a thread that shares the model with another one."""
         own = self.decoder.beside(2)
-        rows = [Row(ids, 0) for ids in PROMPTS]
+        rows = [Row(ids, 0) for ids in self.prompts]
         return [answer.tokens for answer in own.answers(rows, [edit], NEW, report, "answers")]
 
     def moved(self) -> list[Divergence]:
         """Of each edit, from references that are read anew."""
         self.decoder.select([], [])
-        own = self.decoder.answers([Row(ids) for ids in PROMPTS], [], NEW, Silent(), "answers")
-        reference = measure_reference(self.decoder, PROMPTS, own, 4, Silent())
+        rows = [Row(ids) for ids in self.prompts]
+        own = self.decoder.answers(rows, [], NEW, Silent(), "answers")
+        reference = measure_reference(self.decoder, self.prompts, own, 4, Silent())
         found = []
         for _ in range(3):  # states are kept from the second time on
             found = [
@@ -102,18 +106,28 @@ class Case:
         return found
 
 
-def without(decoder: Decoder) -> tuple[Drafts | None, Lower | None]:
+def without(decoder: Decoder) -> tuple[Drafts | None, Lower | None, bool]:
     """Take the fast paths away."""
-    saved = decoder.drafts, decoder.lower
+    saved = decoder.drafts, decoder.lower, decoder.shares
     decoder.drafts = decoder.lower = None
+    decoder.shares = False
     return saved
 
 
 def check(case: Case) -> None:
+    """Of prompts that have nothing in common, and of some that begin alike."""
+    compare(case)
+    case.prompts = [FRONT + ids for ids in PROMPTS]
+    case.decoder.overhead = 1  # such a beginning is read once then
+    assert not case.decoder.shares or beginning(case.decoder, case.prompts, 1) == len(FRONT)
+    compare(case)
+
+
+def compare(case: Case) -> None:
     saved = without(case.decoder)
     slow = [case.answers(edit) for edit in case.edits]
     moved = case.moved()
-    case.decoder.drafts, case.decoder.lower = saved
+    case.decoder.drafts, case.decoder.lower, case.decoder.shares = saved
     for _ in range(3):
         for edit, answers in zip(case.edits, slow, strict=True):
             assert case.answers(edit) == answers
@@ -145,6 +159,7 @@ KINDS = {
 def test_fast_paths_give_what_plain_decoding_gives(name: str) -> None:
     case = Case(build(next(entry for entry in ENTRIES if entry.id.startswith(f"{name}-"))))
     assert (case.decoder.drafts is not None, case.decoder.lower is not None) == KINDS[name]
+    assert case.decoder.shares == (case.decoder.drafts is not None)
     check(case)
 
 
@@ -201,7 +216,7 @@ def test_decisions_do_not_depend_on_what_was_answered_before(ready: Ready) -> No
 
     saved = without(decoder)
     slow = [answers(edit) for edit in edits]
-    decoder.drafts, decoder.lower = saved
+    decoder.drafts, decoder.lower, decoder.shares = saved
     assert len({len(tokens) for tokens, _, _ in slow[0]}) > 2
     for _ in range(3):
         assert [answers(edit) for edit in edits] == slow
