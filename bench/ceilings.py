@@ -40,8 +40,8 @@ from demo import MODEL
 from engine.report import Silent
 from engine.session import Session
 from jobs.spec.candidate import Candidate
+from jobs.spec.memory import CANDIDATES
 from jobs.spec.protocol import PromptTexts, Score, ScoredBatch
-from worker.run import BATCH
 from worker.space import candidate_from, space
 
 DEFAULT = {"cpu": ["demo", "0.5B"], "cuda": ["1.7B", "8B"]}
@@ -127,7 +127,7 @@ def _report(
     prepare(
         session, path=str(folder), dtype=dtype, device=device, prompts=few(texts(), given.prompts)
     )
-    together = BATCH[device]
+    together = CANDIDATES[device]
     search = Search(session, given.warm + given.trials, given.seed, together)
     for _ in range(0, given.warm, together):
         search.go_on()

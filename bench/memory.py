@@ -27,8 +27,9 @@ from typing import Any
 
 from jobs import checkpoints
 from jobs.estimate import figures
-from jobs.needs import OVERHEAD, Kind, Phase
+from jobs.needs import OVERHEAD, Phase
 from jobs.spec.job import JobSpec
+from jobs.spec.memory import Kind
 
 PHASES = {  # what the engine reports -> the phase of the estimate
     "load": "load",
@@ -206,13 +207,13 @@ def child(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from engine.chat import Formatter
-    from engine.memory import return_large_blocks
+    from engine.heap import return_blocks
     from engine.session import Session
     from jobs.spec.candidate import single_pass
     from jobs.spec.protocol import Export, Prepare, Prepared, Score
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    return_large_blocks()
+    return_blocks()
     meter, session = Meter(request["prepare"]["device"] == "cuda"), Session()
     asked = Prepare.model_validate(request["prepare"])
     prepared = session.handle(asked, meter)

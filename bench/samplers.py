@@ -1,11 +1,11 @@
 """Which sampler needs the fewest trials, and the least time, for the same front?
 
     python -m bench.samplers --samplers tpe nsga3 cmaes qnehvi --seeds 5 --trials 100 --rows FILE
-                             [--batches 2] [--dtype bfloat16] [--method mpoa] [--random N]
+                             [--batches 4] [--dtype bfloat16] [--method mpoa] [--random N]
                              [--surrogate bench/trials.jsonl]
 
 Each search is one of a job on the demo model, in this process with one thread: `--batches` says how
-many candidates are asked for before the first is scored, 2 as a worker on a CPU does, 8 as on a
+many candidates are asked for before the first is scored, 4 as a worker on a CPU does, 8 as on a
 GPU. Each finished search is appended to FILE as JSON, and what stands there is not run again.
 Prints two Markdown tables of hypervolumes (refusal rate and first-token KL): after so many trials,
 and after so many processor seconds of asking and scoring together.
@@ -35,6 +35,7 @@ from engine.session import Session
 from jobs.fronts import hypervolume
 from jobs.spec.candidate import Candidate
 from jobs.spec.job import SamplerName
+from jobs.spec.memory import CANDIDATES
 from jobs.spec.methods import MethodName, recipes
 from jobs.spec.protocol import Scored
 
@@ -71,7 +72,7 @@ def main() -> None:
     """Run what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samplers", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--batches", type=int, nargs="+", default=[2])
+    parser.add_argument("--batches", type=int, nargs="+", default=[CANDIDATES["cpu"]])
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])

@@ -29,12 +29,13 @@ from engine.scorers.screen import bound
 from engine.session import Session
 from jobs.fronts import hypervolume
 from jobs.spec.candidate import Candidate
+from jobs.spec.memory import CANDIDATES
 from jobs.spec.methods import MethodName
 from jobs.spec.protocol import Score, Scored, ScoredBatch
 
 METHOD: MethodName = "mpoa"
 WHOLE = 2  # single pass and plain point are never screened
-BATCH = 2
+BATCH = CANDIDATES["cpu"]
 TRIALS = (25, 50, 100, 200)
 
 Finished = list[dict[str, float]]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from engine.channel import Channel, ChannelReport
 from engine.errors import EngineError
+from engine.heap import return_blocks
 from jobs.spec.protocol import Envelope, Error, Log, Result, Stop
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ def main() -> int:
     parser.add_argument("--write", type=_descriptor, required=True, help="answers go here")
     given = parser.parse_args()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # warns at every fork otherwise
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages for large tensors
+    return_blocks()  # before the first thread has a heap of its own
 
     channel = Channel(given.read, given.write)
     try:
@@ -39,10 +42,8 @@ def main() -> int:
 
 def serve(channel: Channel) -> int:
     """Answer requests one at a time until `stop` or end of file."""
-    from engine.memory import return_large_blocks
     from engine.session import Session  # torch is loaded here: wrong arguments fail at once
 
-    return_large_blocks()
     session = Session()
     for envelope in channel.requests():
         if isinstance(envelope.request, Stop):

@@ -17,9 +17,10 @@ import torch
 
 from engine.errors import EngineError
 from engine.report import Report
+from jobs.spec.memory import LANES
 from jobs.spec.protocol import Scored
 
-MOST = 2  # a worker asks for as many candidates at once (`worker.run.BATCH`)
+MOST = LANES["cpu"]
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -30,17 +31,19 @@ def side_by_side(
     items: Sequence[Item],
     report: Report,
     done: Callable[[Found], None],
+    lanes: int = MOST,
 ) -> list[Found]:
-    """`work` on each of at most MOST `items`, a thread each, which share torch's threads.
+    """`work` on each of `items`, on `lanes` threads, which share torch's threads.
 
     done(found)   called in this thread, in the order in which they end
     The first error ends the others at their next report, and is raised.
     """
+    lanes = min(lanes, len(items))
     if len(items) == 1:
         found = work(items[0], report)
         done(found)
         return [found]
-    threads = max(1, torch.get_num_threads() // len(items))
+    threads = max(1, torch.get_num_threads() // lanes)
     shared = _Shared(report)
 
     def run(item: Item, part: Report) -> Found:
@@ -48,7 +51,7 @@ def side_by_side(
         with shared.watching():
             return work(item, part)
 
-    with ThreadPoolExecutor(len(items), thread_name_prefix="lane") as pool, shared.watching():
+    with ThreadPoolExecutor(lanes, thread_name_prefix="lane") as pool, shared.watching():
         futures: list[Future[Found]] = [
             pool.submit(run, item, _Part(shared, place)) for place, item in enumerate(items)
         ]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import sys
-from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -16,11 +13,8 @@ from jobs.spec.shape import FLOAT32, Shape
 
 __all__ = [
     "FLOAT32", "Shape", "decode_row", "fitting_rows", "forward_row", "free_bytes",
-    "is_out_of_memory", "release", "return_large_blocks",
+    "is_out_of_memory", "release",
 ]  # fmt: skip
-
-M_MMAP_THRESHOLD = -3  # of mallopt(3)
-LARGE = 4 << 20
 
 
 def fitting_rows(free: int, per_row: int, device: torch.device) -> int:
@@ -61,16 +55,3 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def return_large_blocks() -> None:
-    """Let the C library give every block of 4 MB or more back as soon as it is freed.
-
-    glibc raises the size from which it does so to that of the largest block freed, up to 32 MB;
-    smaller ones stay on a heap that small long-lived tensors keep from shrinking. The edit bases of
-    a 0.25 billion parameter model left 350 MB of such holes (bench/memory.md). Nothing happens with
-    another C library.
-    """
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, LARGE)

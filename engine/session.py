@@ -8,6 +8,7 @@ from engine import export
 from engine.compare import compare
 from engine.decode import ORIGINAL, Row
 from engine.errors import EngineError
+from engine.heap import return_blocks, reuse_blocks
 from engine.manifest import manifest
 from engine.measure import measure
 from engine.memory import release
@@ -56,6 +57,10 @@ class Session:
         self, request: Request, report: Report
     ) -> Prepared | ScoredBatch | Selected | Compared | Benchmarked | Responses | Exported:
         """The result of one request. Raises EngineError."""
+        if isinstance(request, Score):
+            reuse_blocks()
+        else:
+            return_blocks()
         match request:
             case Prepare():
                 return self.prepare(request, report)

@@ -74,7 +74,8 @@ def read_beginning(
     place = {number: row for row, number in enumerate(distinct)}
     index: Any = torch.tensor([place[number] for number in numbers], device=given.device)
     layers: list[Any] = list(cache.layers)
-    skipped = [layer for layer in layers if not layer.is_initialized]
+    # without a station these are layers that the model never fills, and reads if they are
+    skipped = [layer for layer in layers if station and not layer.is_initialized]
     cache.reorder_cache(index)
     leave_empty(skipped, len(numbers), len(ids), given.device)
     decoder.select(edits, list(numbers))

@@ -70,9 +70,14 @@ def _shares(decoder: Decoder, rows: list[list[int]]) -> bool:
     cache = editable_cache(decoder, max(map(len, whole)))
     if cache is None:
         return False
-    read_beginning(decoder, front, [], [ORIGINAL] * len(rows), cache)
-    ids, mask = rest(*decoder.padded(whole), len(front))
-    found = decoder.forward(ids, mask, 1, cache).logits[:, -1]
+    try:
+        read_beginning(decoder, front, [], [ORIGINAL] * len(rows), cache)
+        ids, mask = rest(*decoder.padded(whole), len(front))
+        found = decoder.forward(ids, mask, 1, cache).logits[:, -1]
+    except Exception as error:  # what a model says to a cache that is not its own, we cannot list
+        if is_out_of_memory(error):
+            raise
+        return False
     return _alike(decoder, found, _last_logits(decoder, whole))
 
 

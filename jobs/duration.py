@@ -13,8 +13,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jobs.needs import CANDIDATES, PREFIX_PROMPTS, PREFIX_TOKENS, Kind, Workload, width_of
+from jobs.needs import PREFIX_PROMPTS, PREFIX_TOKENS, Workload, width_of
 from jobs.spec.job import JobSpec
+from jobs.spec.memory import CANDIDATES, Kind
 from jobs.spec.methods import budget
 from jobs.spec.shape import Shape
 from jobs.weights import Weights

@@ -14,10 +14,11 @@ from pydantic import BaseModel, Field
 
 from jobs import checkpoints, models
 from jobs.duration import seconds
-from jobs.needs import Kind, Need, need
+from jobs.needs import Need, need
 from jobs.problems import Invalid
 from jobs.settings import Settings
 from jobs.spec.job import JobSpec, Quantization
+from jobs.spec.memory import Kind
 from jobs.spec.methods import needs_router
 from jobs.spec.shape import Shape
 from jobs.weights import PACKED, Weights, weights_of

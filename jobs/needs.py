@@ -7,16 +7,18 @@ a row come from `jobs.spec.memory`. Measured beside it in bench/memory.md.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from pydantic import BaseModel, Field
 
 from jobs.spec.job import JobSpec
 from jobs.spec.memory import (
+    CANDIDATES,
     CPU_ROWS,
     CUDA_ROWS,
     KL_CHUNK,
+    LANES,
     STATIONS,
+    Kind,
     block_row,
     cache_row,
     compared_rows,
@@ -28,8 +30,6 @@ from jobs.spec.methods import METHODS
 from jobs.spec.shape import FLOAT32, Shape
 from jobs.weights import Weights
 
-Kind = Literal["cuda", "cpu"]
-CANDIDATES: dict[Kind, int] = {"cuda": 8, "cpu": 2}  # in one request of a worker
 PREFIX_PROMPTS, PREFIX_TOKENS = 100, 16  # per side, read for what all answers begin with
 # Besides all tensors. A CPU's process: interpreter, torch, transformers, bitsandbytes and peft,
 # measured. CUDA: context, cuBLAS workspace and allocator slack on the device, and the libraries'
@@ -70,8 +70,8 @@ class Need(BaseModel):
 class Workload:
     """A job's prompts and batches: `prompt` tokens of the longest prompt, rows of each batch.
 
-    Of the candidates of a request, `group` share a batch and `lanes` batches are worked on at once
-    (`engine.lanes`).
+    Of the `together` candidates of a request, `group` share a batch and `lanes` batches are worked
+    on at once (`engine.lanes`).
     """
 
     kind: Kind
@@ -83,6 +83,7 @@ class Workload:
     heldout: int
     group: int
     lanes: int = 1
+    together: int = 1
 
     @classmethod
     def of(cls, spec: JobSpec, kind: Kind, prompt: int, candidates: int) -> Workload:
@@ -97,7 +98,8 @@ class Workload:
             scored=scored,
             heldout=spec.prompts.heldout,
             group=min(candidates, max(1, cap // scored)) if kind == "cuda" else 1,
-            lanes=1 if kind == "cuda" else candidates,
+            lanes=min(LANES[kind], candidates),
+            together=candidates,
         )
 
     def rows(self, wanted: int) -> int:
@@ -120,7 +122,7 @@ def need(spec: JobSpec, shape: Shape, weights: Weights, kind: Kind, prompt: int)
     work = Workload.of(spec, kind, prompt, 1 if kind == "cuda" else together)
     phases = _phases(spec, shape, weights, work)
     decides = _peak(phases)
-    single = replace(work, side=1, scored=1, heldout=1, group=1, lanes=1)
+    single = replace(work, side=1, scored=1, heldout=1, group=1, lanes=1, together=1)
     whole = Workload.of(spec, kind, prompt, together)
     host = decides.bytes if kind == "cpu" else HOST_BESIDE_CUDA + _host(spec, shape, weights, work)
     return Need(
@@ -150,7 +152,7 @@ def _phases(spec: JobSpec, shape: Shape, weights: Weights, work: Workload) -> li
     beside = (weights.files - kept if packed else weights.converted) if mapped else 0
     edits = spec.kind == "abliterate"
     bases = weights.bases * _kinds_of_bases(spec) if edits else 0
-    chosen = round(work.group * work.lanes * weights.bases / max(1, shape.layers)) if edits else 0
+    chosen = round(work.together * weights.bases / max(1, shape.layers)) if edits else 0
     found: list[Phase] = []
 
     def add(
@@ -229,7 +231,8 @@ def _comparing(shape: Shape, work: Workload, group: int) -> dict[str, int]:
     rows = min(compared_rows(shape, work.compared), work.rows(group * work.scored))
     tokens = work.prompt + work.compared
     originals = -(-rows // group) * logits_row(shape, work.compared)
-    floats = 3 * FLOAT32 * min(max(KL_CHUNK, shape.vocabulary), work.compared * shape.vocabulary)
+    most = max(KL_CHUNK, shape.vocabulary)
+    floats = 3 * FLOAT32 * min(most, 2 * work.compared * shape.vocabulary)
     logits = rows * logits_row(shape, work.compared) + originals + floats
     stream = rows * tokens * shape.hidden * shape.width
     block = rows * block_row(shape, tokens)

@@ -12,6 +12,7 @@ from jobs import models, progress, results, trials
 from jobs.queue import Claim
 from jobs.spec import scorers
 from jobs.spec.job import JobSpec
+from jobs.spec.memory import CANDIDATES
 from jobs.spec.methods import needs_affine, needs_ara, needs_router, recipes
 from jobs.spec.protocol import (
     NOTHING,
@@ -33,9 +34,6 @@ from worker.task_log import TaskLog
 
 T = TypeVar("T")
 PROGRESS_SECONDS = 0.5  # live pages need no more than two a second
-# Candidates in one request: on a GPU they share the reading of the weights, on a CPU they gain
-# nothing, and the smaller the batch the better Optuna's next suggestion is informed.
-BATCH = {"cpu": 2, "cuda": 8}
 
 
 class Run:
@@ -130,7 +128,10 @@ class Run:
 
     def batch_size(self, prepared: Prepared) -> int:
         """How many candidates to score in one request on the engine's device."""
-        return self.station.own.batch or BATCH.get(prepared.device.split(":")[0], 1)
+        return (
+            self.station.own.batch
+            or CANDIDATES["cuda" if prepared.device.startswith("cuda") else "cpu"]
+        )
 
     def request_for(self, side: Side, purpose: Purpose) -> Prepare:
         """What makes an engine ready for the job's model, or for the one that it compares with."""

@@ -29,9 +29,9 @@ from bench.search import texts
 from engine.report import Silent
 from engine.session import Session
 from jobs.spec.candidate import Candidate
+from jobs.spec.memory import CANDIDATES
 from jobs.spec.methods import recipes
 from jobs.spec.protocol import Prepare, Prepared, Score, Scored
-from worker.run import BATCH
 from worker.samplers import sampler, startup
 from worker.space import candidate_from, first, plain, plain_number, space
 
@@ -96,7 +96,7 @@ def search(setting: Setting, record: Path) -> None:
     """The search of a job: single pass, plain point, then TPE; as many at once as a worker asks."""
     session, recorder, method = Session(), Recorder(record), METHODS[setting.mode]
     prepared = prepare(session, setting)
-    layers, size = prepared.anatomy.layers, BATCH[setting.device]
+    layers, size = prepared.anatomy.layers, CANDIDATES[setting.device]
     table = space(layers, method)
     study = optuna.create_study(directions=["minimize", "minimize"])
     finished: list[dict[str, float]] = []

@@ -18,6 +18,7 @@ from engine.scorers import screen
 from engine.scorers.further import Further, measured
 from engine.scorers.kl import Divergence, Reference, divergences
 from engine.scorers.refusals import Refusals
+from jobs.spec.memory import CANDIDATES
 from jobs.spec.protocol import Scored
 from jobs.spec.scorers import ScorerName
 from jobs.spec.scores import Outcome, Role, Scores, Value
@@ -100,8 +101,10 @@ def score(
                 on_scored(max(0, number), one)
 
     found: list[Scored] = []
-    for at in range(0, len(groups), lanes):
-        for group in side_by_side(work, groups[at : at + lanes], report, send):
+    # several for each lane, so that they end at about the same time
+    wave = CANDIDATES["cpu"] if lanes > 1 else 1
+    for at in range(0, len(groups), wave):
+        for group in side_by_side(work, groups[at : at + wave], report, send, lanes):
             found += group.scored
             decoder.shrink(group.limit)
             # in the order of the edits, whoever was faster

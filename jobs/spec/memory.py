@@ -22,14 +22,19 @@ from typing import Literal
 
 from jobs.spec.shape import FLOAT32, Shape
 
+Kind = Literal["cuda", "cpu"]
 CUDA_SHARE = 0.85  # of the free memory; the rest is fragmentation and what the model leaves out
 CPU_SHARE = 0.5  # other processes live in the same memory
 CUDA_ROWS = 1024  # beyond this decoding is bound by arithmetic and gains nothing
 CPU_ROWS = 128  # a CPU is bound by arithmetic much earlier
 KL_ROWS = 256  # of one forward that compares distributions
 KL_LOGITS = 1 << 28  # bytes of logits that it makes; more rows gain nothing
-KL_CHUNK = 1 << 24  # logits that are held in float32 at once, in three tensors
+KL_CHUNK = 1 << 24  # float32 logits held at once, in three tensors; half as many in float64
 KL_SHARE = 0.5  # of the free memory, for one such forward
+# Candidates in one request of a worker: on a GPU they share the reading of the weights, on a CPU
+# two lanes (`engine.lanes`) share them out. The sampler loses nothing by it (docs/search.md).
+CANDIDATES: dict[Kind, int] = {"cuda": 8, "cpu": 4}
+LANES: dict[Kind, int] = {"cuda": 1, "cpu": 2}  # batches that are worked on at once, at most
 STATIONS = 6  # blocks before which the original's states are kept, eighths of the depth
 LEAST_LOWER = 64 << 20  # bytes
 LOWER_SHARE = 0.05  # of the weights
@@ -84,7 +89,7 @@ def compared_rows(shape: Shape, positions: int) -> int:
     return max(1, min(KL_ROWS, KL_LOGITS // max(1, 2 * logits_row(shape, positions))))
 
 
-def fitting(free: int, per_row: int, kind: Literal["cuda", "cpu"]) -> int:
+def fitting(free: int, per_row: int, kind: Kind) -> int:
     """How many rows of `per_row` bytes fit into `free` bytes: 1 at least, a cap at most."""
     share, cap = (CUDA_SHARE, CUDA_ROWS) if kind == "cuda" else (CPU_SHARE, CPU_ROWS)
     return max(1, min(cap, int(free * share) // max(1, per_row)))

@@ -18,7 +18,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from demo.vocabulary import build_tokenizer
-from engine.memory import return_large_blocks
+from engine.heap import return_blocks
 from engine.report import Silent
 from engine.session import Session
 from jobs.spec.candidate import constant, single_pass
@@ -71,7 +71,7 @@ def main() -> None:
     """Score freely, then within the limit."""
     folder, spare = Path(sys.argv[1]), int(sys.argv[2]) << 20
     torch.set_num_threads(1)
-    return_large_blocks()
+    return_blocks()
     build(folder)
     session = Session()
     session.handle(request(folder), Silent())

@@ -148,6 +148,7 @@ KINDS = {
     "gemma2": (True, True),  # a window that slides, capped logits
     "gpt_oss": (True, True),  # stacks that are edited in place
     "deepseek_v3": (True, True),  # latent attention
+    "mllama": (True, True),  # layers that leave their place in the cache empty
     "longcat_flash": (True, True),  # two layers of the cache in one block
     "qwen3_next": (False, True),  # a recurrent state cannot be taken back
     "mamba": (False, True),

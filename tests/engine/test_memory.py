@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from engine.heap import return_blocks
 from engine.memory import (
     Shape,
     decode_row,
@@ -25,7 +26,6 @@ from engine.memory import (
     forward_row,
     free_bytes,
     is_out_of_memory,
-    return_large_blocks,
 )
 from jobs.spec.memory import CPU_ROWS, CUDA_ROWS, cache_row
 
@@ -153,8 +153,8 @@ def test_out_of_memory_is_recognised() -> None:
 
 HELD = """
 import torch
-from engine.memory import return_large_blocks
-if {large}: return_large_blocks()
+from engine.heap import return_blocks
+if {large}: return_blocks()
 def resident():
     return int(open('/proc/self/statm').read().split()[1]) * 4096
 torch.ones(31 << 18)                    # 31 MB freed: glibc keeps smaller blocks on its heap now
@@ -178,4 +178,33 @@ def test_large_blocks_go_back_to_the_system() -> None:
         return int(run.stdout)
 
     assert held(True) < 2_000_000
-    return_large_blocks()  # twice does no harm
+    return_blocks()  # twice does no harm
+
+
+REUSED = """
+import resource, torch
+from engine.heap import return_blocks, reuse_blocks
+def resident():
+    return int(open('/proc/self/statm').read().split()[1]) * 4096
+def faults():
+    for _ in range(3):
+        torch.ones(20 << 18), torch.ones(10 << 18)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(20 << 18), torch.ones(10 << 18)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+return_blocks()
+given, before = faults(), resident()
+reuse_blocks()
+kept, held = faults(), resident() - before
+return_blocks()
+print(given, kept, held, resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library's own setting")
+def test_a_search_keeps_its_blocks_until_something_else_is_asked() -> None:
+    run = subprocess.run([sys.executable, "-c", REUSED], check=True, capture_output=True)
+    given, kept, held, after = map(int, run.stdout.split())
+    assert given > 20 * 25_000_000 / 4096 and kept < given / 20  # pages that come anew
+    assert held > 25_000_000 and after < 2_000_000
