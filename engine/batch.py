@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache
 
 from engine.head import entering_head, head_of
-from engine.shared import beginning, editable_cache, leave_empty, read_beginning, rest
+from engine.shared import begin, editable_cache, leave_empty, read_apart, rest
 from jobs.spec.memory import KL_CHUNK
 
 if TYPE_CHECKING:
@@ -64,24 +64,30 @@ class Batch:
         self._shared = 0  # tokens at the front of all rows that are in the cache already
         self._prompts = list(map(len, prompts))
 
-    def share(
+    def read(
         self, inputs: Sequence[list[int]], edits: Sequence[Edit], numbers: Sequence[int],
         states: Sequence[Tensor] = (),
     ) -> None:  # fmt: skip
-        """Read what all `inputs`, the rows' tokens so far, begin with once for each edit.
+        """Read of `inputs`, the rows' tokens so far, what is cheaper to read before the rest.
 
         Before anything else; `numbers`: the edit of each row, `states` as in `verify`.
         """
         if not self.drafts:
             return
-        self._shared = beginning(self._decoder, inputs, len(set(numbers)))
-        if self._shared:
-            first = states[0][: self._shared] if states else None
-            self._skipped = read_beginning(
-                self._decoder, inputs[0][: self._shared], edits, numbers, self._cache,
-                self._station, first,
-            )  # fmt: skip
-            self._ids, self._mask = rest(self._ids, self._mask, self._shared)
+        decoder, station = self._decoder, self._station
+        apart = read_apart(decoder, inputs, edits, numbers, station, states)
+        if apart is not None:
+            read, self._mask = apart
+            last = [row[-1] for row in inputs]
+            self._newest = torch.tensor(last, dtype=self._ids.dtype, device=self._ids.device)
+        else:
+            most = min(map(len, inputs)) - 1
+            begun = begin(decoder, inputs, edits, numbers, most, station, states)
+            if begun is None:
+                return
+            read, self._shared = begun, begun.held
+            self._ids, self._mask = rest(self._ids, self._mask, begun.held)
+        self._cache, self._skipped = read.cache, read.skipped
 
     def step(self, steps: int) -> None:
         """`steps` tokens for every row, one forward each, left on the device until the last."""

@@ -38,6 +38,7 @@ from engine.rounds import NOTHING, ORIGINAL, Answer, Plan, Row, decode
 if TYPE_CHECKING:
     from engine.edit import Edit
     from engine.patch import Patch
+    from engine.shared import Beginning
 
 __all__ = ["NOTHING", "ORIGINAL", "Answer", "Decoder", "Row"]
 
@@ -59,10 +60,12 @@ class Decoder:
     caches    whether a step reads the newest token alone; else all tokens again
     mixes     whether what a row says depends on what shares its batch: LLM.int8 picks its outliers
               over all of it, so that only plain decoding gives the same answers again
-    shares    whether what all prompts begin with may be read once (`engine.shared`)
+    shares    whether what prompts share may be read once, and the rest apart (`engine.shared`)
     drafts    earlier answers, of which new ones are made faster; None where the model bears none
     lower     what the original computes below an edit, kept; None where the model does not bear it
     sharing   decoders that score side by side, which share the free memory
+    cached_layers   layers of the cache that the model fills, as far as is known
+    begun     what the last batch began with, kept for the next one; None where nothing is kept
     """
 
     def __init__(
@@ -83,6 +86,8 @@ class Decoder:
         self.drafts: Drafts | None = None
         self.lower: Lower | None = None
         self.sharing = 1
+        self.begun: list[Beginning] | None = None
+        self.cached_layers = 0
         self.device = input_device(model)
         self.overhead = OVERHEAD.get(self.device.type, OVERHEAD["cpu"])
         known = inspect.signature(model.forward).parameters
@@ -152,9 +157,10 @@ class Decoder:
         return [found[index] for index in range(len(rows))]
 
     def beside(self, others: int) -> Decoder:
-        """A decoder of the same model for one of `others` threads, which share the memory."""
+        """A decoder of the same model for some edits, in one of `others` threads, which share the
+        memory."""
         own = copy(self)
-        own.sharing = others
+        own.sharing, own.begun = others, []
         return own
 
     def shrink(self, limit: int | None) -> None:

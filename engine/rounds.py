@@ -134,7 +134,7 @@ def _rounds(
     if station and not batch.drafts:
         return
     inputs = [one.row.ids + one.tokens for one in live]
-    batch.share(inputs, edits, numbers, [one.known[0][1] for one in live] if station else [])
+    batch.read(inputs, edits, numbers, [one.known[0][1] for one in live] if station else [])
     while live:
         # 1. some tokens more
         _read_on(decoder, batch, live, plan, station)

@@ -6,7 +6,8 @@ cache     a step reads the newest token alone, the others' keys and values are k
           keep nothing (OpenAI GPT), or in a way of their own (RWKV, MiniMax).
 drafts    earlier answers are verified in one forward, and what was wrong is taken out of the cache
           again: only where it holds the keys and values of all tokens and nothing else.
-shares    what all prompts begin with is read once, and padding stands between it and the rest.
+shares    what all prompts begin with is read once, and prompts of unlike lengths apart: padding
+          stands between tokens of a row.
 lower     forwards begin behind the blocks that an edit leaves as they were: only where each block
           runs once and passes one stream to the next.
 
@@ -28,7 +29,7 @@ from engine.decode import ORIGINAL, Decoder
 from engine.drafts import Drafts
 from engine.lower import Lower, padded
 from engine.memory import is_out_of_memory
-from engine.shared import editable_cache, read_beginning, rest
+from engine.shared import begin, editable_cache, read_apart, rest
 
 CUTS = (0, 1, 3, 6)  # tokens left out at the front of each row that is tried
 FEWEST = 4  # tokens of a row
@@ -65,20 +66,30 @@ def choose_shortcuts(decoder: Decoder, ids: Sequence[int]) -> list[str]:
 
 def _shares(decoder: Decoder, rows: list[list[int]]) -> bool:
     """Whether rows that begin alike give the same when that beginning is read once for all."""
-    front = rows[0][:FEWEST]
-    whole = [front + row for row in rows]
-    cache = editable_cache(decoder, max(map(len, whole)))
-    if cache is None:
+    whole, numbers = [rows[0][:FEWEST] + row for row in rows], [ORIGINAL] * len(rows)
+    if editable_cache(decoder, max(map(len, whole))) is None:
         return False
+    saved = decoder.overhead, decoder.shares
+    decoder.overhead, decoder.shares = 0, True  # so that all of it pays here
+    found = []
     try:
-        read_beginning(decoder, front, [], [ORIGINAL] * len(rows), cache)
-        ids, mask = rest(*decoder.padded(whole), len(front))
-        found = decoder.forward(ids, mask, 1, cache).logits[:, -1]
+        begun = begin(decoder, whole, [], numbers, FEWEST)
+        if begun is not None:
+            ids, mask = rest(*decoder.padded(whole), begun.held)
+            found.append(decoder.forward(ids, mask, 1, begun.cache).logits[:, -1])
+        apart = read_apart(decoder, whole, [], numbers)
+        if apart is not None:
+            ids, mask = decoder.padded([row[-1:] for row in whole])
+            mask = torch.cat([apart[1], mask], dim=1)
+            found.append(decoder.forward(ids, mask, 1, apart[0].cache).logits[:, -1])
     except Exception as error:  # what a model says to a cache that is not its own, we cannot list
         if is_out_of_memory(error):
             raise
         return False
-    return _alike(decoder, found, _last_logits(decoder, whole))
+    finally:
+        decoder.overhead, decoder.shares = saved
+    truth = _last_logits(decoder, whole)
+    return len(found) == 2 and all(_alike(decoder, one, truth) for one in found)
 
 
 def _drafts(decoder: Decoder, rows: list[list[int]]) -> Drafts | None:

@@ -121,8 +121,9 @@ def search(setting: Setting, record: Path) -> None:
             if not scored.screened:
                 rate = refusals / scored.scores.total
                 finished.append({"refusals": rate, "kl_first": kl})
-            if asked_trial is not None:
-                study.tell(asked_trial, [float(refusals), kl])
+            if asked_trial is not None:  # of a screened one the worst, as in a job
+                told = len(scored.outcomes) if scored.screened else refusals
+                study.tell(asked_trial, [float(told), kl])
 
 
 if __name__ == "__main__":

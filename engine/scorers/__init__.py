@@ -95,6 +95,11 @@ def score(
         finally:
             own.select([], [])  # also after an error: this thread ends
 
+    def skipped(group: list[int]) -> int:
+        """Blocks that its forwards leave out."""
+        own = [edits[number] for number in group if number != ORIGINAL]
+        return 0 if decoder.lower is None or not own else decoder.lower.station(own)
+
     def send(group: _Scored) -> None:
         for number, one in zip(group.numbers, group.scored, strict=True):
             if on_scored is not None:
@@ -104,10 +109,11 @@ def score(
     # several for each lane, so that they end at about the same time
     wave = CANDIDATES["cpu"] if lanes > 1 else 1
     for at in range(0, len(groups), wave):
-        for group in side_by_side(work, groups[at : at + wave], report, send, lanes):
+        longest_first = sorted(groups[at : at + wave], key=skipped)  # the lanes end together
+        scored = side_by_side(work, longest_first, report, send, lanes)
+        for group in sorted(scored, key=lambda group: group.numbers):  # whoever was faster
             found += group.scored
             decoder.shrink(group.limit)
-            # in the order of the edits, whoever was faster
             decoder.learn(group.rows, group.answers, group.read)
     return found
 

@@ -31,7 +31,7 @@ from engine.head import entering_head
 from engine.lower import padded
 from engine.memory import FLOAT32, Shape, forward_row, free_bytes
 from engine.report import Report
-from engine.shared import beginning, editable_cache, read_beginning, rest
+from engine.shared import begin, editable_cache, rest
 from jobs.spec.memory import KL_CHUNK, KL_SHARE, compared_rows
 
 if TYPE_CHECKING:
@@ -161,21 +161,20 @@ def _read(
     used = [edits[number] for number in set(numbers) if number != ORIGINAL]
     station, states = _kept(decoder, inputs, used)
     ids, mask = decoder.padded(inputs)
-    cache = editable_cache(decoder, ids.shape[1])
-    shared = 0 if cache is None else beginning(decoder, inputs, len(set(numbers)))
-    shared = min(shared, min(map(len, inputs)) - keep)
-    if cache is None or shared <= 0:
-        shared, cache = 0, None
+    begun, held = None, 0
+    if editable_cache(decoder, ids.shape[1]) is not None:
+        most = min(map(len, inputs)) - keep
+        begun = begin(decoder, inputs, edits, numbers, most, station, states)
+    if begun is None:
         decoder.select(edits, list(numbers))
     else:
-        first = states[0][:shared] if station else None
-        read_beginning(decoder, inputs[0][:shared], edits, numbers, cache, station, first)
-        ids, mask = rest(ids, mask, shared)
+        held = begun.held
+        ids, mask = rest(ids, mask, held)
     passing: AbstractContextManager[None] = nullcontext()
     if station and decoder.lower is not None:
-        passing = decoder.lower.skipping(station, padded([one[shared:] for one in states]))
+        passing = decoder.lower.skipping(station, padded([one[held:] for one in states]))
     with entering_head(decoder.model, entering), passing:
-        return decoder.forward(ids, mask, keep, cache)
+        return decoder.forward(ids, mask, keep, None if begun is None else begun.cache)
 
 
 def _kept(

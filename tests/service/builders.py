@@ -11,7 +11,8 @@ from typing import Any
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from jobs import prompts, submit, workers
+from jobs import prompts, queue, submit, workers
+from jobs.database import Sessions
 from jobs.settings import Settings
 from jobs.spec.candidate import Candidate, single_pass
 from jobs.spec.job import JobSpec
@@ -94,6 +95,16 @@ def add_worker(session: Session, **changes: Any) -> Worker:
         "versions": {},
     }
     return workers.register(session, **{**values, **changes})
+
+
+def held(sessions: Sessions, owner: User, settings: Settings, **changes: Any) -> queue.Claim:
+    """A new job's first task, claimed by a new worker."""
+    with sessions.begin() as session:
+        add_job(session, owner, settings, **changes)
+    with sessions.begin() as session:
+        claim = queue.claim(session, add_worker(session), settings)
+        assert claim is not None
+        return claim
 
 
 def scored(refusals: int = 1, kl: float = 0.5, role: str = "search", total: int = 4) -> Scored:

@@ -14,18 +14,9 @@ from jobs.settings import Settings
 from jobs.spec.scores import Value, wilson
 from jobs.tables import User
 from jobs.trial_scores import objectives_of
-from tests.service.builders import CANDIDATE, add_job, add_worker, scored
+from tests.service.builders import CANDIDATE, held, scored
 
 METHODS = ["mpoa", "deccp", "ara"]
-
-
-def held(sessions: Sessions, owner: User, farm: Settings, **spec: object) -> queue.Claim:
-    with sessions.begin() as session:
-        add_job(session, owner, farm, **spec)
-    with sessions.begin() as session:
-        claim = queue.claim(session, add_worker(session), farm)
-        assert claim is not None
-        return claim
 
 
 def fill(

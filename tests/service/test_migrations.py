@@ -192,19 +192,28 @@ def test_geometry_moves_to_its_column_and_back(running_servers: Servers) -> None
         engine.dispose()
 
 
+DEMO = JobSpec.model_validate({"model": "demo"}).model_dump(mode="json")
+
+
+def with_job(url: str, revision: str, spec: dict[str, Any]) -> tuple[Engine, uuid.UUID]:
+    """A database at `revision` that holds one job."""
+    migrations.upgrade(url, revision)
+    engine = connect(url, pool_size=1)
+    user, job = uuid.uuid4(), uuid.uuid4()
+    with engine.begin() as connection:
+        connection.execute(text(INSERT_USER), {"id": user})
+        values = {"id": job, "user": user, "spec": json.dumps(spec)}
+        connection.execute(text(INSERT_JOB), values)
+    return engine, job
+
+
 INSERT_TASK = """INSERT INTO tasks (id, job_id, kind, state, payload, attempts, crashes)
     VALUES (:id, :job, :kind, 'ready', '{}', 0, 0)"""
 
 
 def test_0002_has_no_results_and_no_benchmarks_of_trials(running_servers: Servers) -> None:
     with running_servers.database(migrated=False) as url:
-        migrations.upgrade(url, "0002")
-        engine = connect(url, pool_size=1)
-        user, job = uuid.uuid4(), uuid.uuid4()
-        spec = JobSpec.model_validate({"model": "demo"}).model_dump_json()
-        with engine.begin() as connection:
-            connection.execute(text(INSERT_USER), {"id": user})
-            connection.execute(text(INSERT_JOB), {"id": job, "user": user, "spec": spec})
+        engine, job = with_job(url, "0002", DEMO)
         migrations.upgrade(url)
         with session_factory(engine).begin() as session:
             assert session.get_one(Job, job).result is None
@@ -227,16 +236,10 @@ INSERT_SCORED = """INSERT INTO trials (id, job_id, number, state, method, origin
 
 def test_screened_trials_and_back(running_servers: Servers) -> None:
     with running_servers.database(migrated=False) as url:
-        migrations.upgrade(url, "0004")
-        engine = connect(url, pool_size=1)
-        user, job = uuid.uuid4(), uuid.uuid4()
-        spec = JobSpec.model_validate({"model": "demo"}).model_dump(mode="json")
         new = ("sampler", "screening", "warm_start")
-        old = {name: value for name, value in spec.items() if name not in new}
+        old = {name: value for name, value in DEMO.items() if name not in new}
+        engine, job = with_job(url, "0004", old)
         with engine.begin() as connection:
-            connection.execute(text(INSERT_USER), {"id": user})
-            values = {"id": job, "user": user, "spec": json.dumps(old)}
-            connection.execute(text(INSERT_JOB), values)
             for number in range(2):
                 row = {"id": uuid.uuid4(), "job": job, "number": number}
                 connection.execute(text(INSERT_SCORED), row)
@@ -246,7 +249,7 @@ def test_screened_trials_and_back(running_servers: Servers) -> None:
             assert [row.screened for row in rows] == [False] * 2
             assert len(trials.front(session, job)) == 2, "equal ones do not dominate one another"
             rows[1].screened, rows[1].refusals, rows[1].total = True, 0, 0
-            session.get_one(Job, job).spec = spec
+            session.get_one(Job, job).spec = DEMO
         migrations.downgrade(url, "0004")
         with engine.connect() as connection:
             names = {column["name"] for column in inspect(connection).get_columns("trials")}
@@ -261,13 +264,7 @@ def test_screened_trials_and_back(running_servers: Servers) -> None:
 
 def test_0005_knows_no_warm_starts(running_servers: Servers) -> None:
     with running_servers.database(migrated=False) as url:
-        migrations.upgrade(url, "0005")
-        engine = connect(url, pool_size=1)
-        user, job = uuid.uuid4(), uuid.uuid4()
-        spec = JobSpec.model_validate({"model": "demo"}).model_dump_json()
-        with engine.begin() as connection:
-            connection.execute(text(INSERT_USER), {"id": user})
-            connection.execute(text(INSERT_JOB), {"id": job, "user": user, "spec": spec})
+        engine, job = with_job(url, "0005", DEMO)
         migrations.upgrade(url, "0006")
         with session_factory(engine).begin() as session:
             row = session.get_one(Job, job)

@@ -22,7 +22,7 @@ from jobs.trial_scores import front_of, objectives_of
 from nullspace.terminal import FRONT, front_rows, out, table
 from tests.service import api_worker
 from tests.service.api_server import Api, api, spec
-from tests.service.builders import CANDIDATE, add_job, add_worker, make_spec, scored
+from tests.service.builders import CANDIDATE, held, make_spec, scored
 from tests.service.test_api_jobs import problem
 from worker.search import together
 from worker.space import plain
@@ -42,15 +42,6 @@ def screened(refusals: int, total: int, kl: float, prompts: int = 4) -> Scored:
     ]
     scores = Scores(role="search", refusals=refusals, total=total, kl_first=kl)
     return Scored(scores=scores, outcomes=outcomes, seconds=0.125, screened=True)
-
-
-def held(sessions: Sessions, owner: User, farm: Settings, **fields: object) -> queue.Claim:
-    with sessions.begin() as session:
-        add_job(session, owner, farm, **fields)
-    with sessions.begin() as session:
-        claim = queue.claim(session, add_worker(session), farm)
-        assert claim is not None
-        return claim
 
 
 def fill(sessions: Sessions, claim: queue.Claim, found: list[Scored]) -> None:
