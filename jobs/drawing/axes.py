@@ -44,13 +44,16 @@ class LogAxis:
         return plain.at(math.log(value))
 
 
+LEAST = 1e-200  # what is smaller is 0 to an axis: a step between such values would have no digits
+
+
 def steps(low: float, high: float, most: int = 5) -> list[float]:
     """Round numbers at equal distances that hold [low, high]; `most` intervals at most.
 
     steps(0, 0.93)  # [0, 0.2, 0.4, 0.6, 0.8, 1.0]
     """
     if not high > low:
-        high = low + (abs(low) or 1.0)
+        high = low + (abs(low) if abs(low) > LEAST else 1.0)
     exponent = math.floor(math.log10((high - low) / most))
     for digit, power in ((m, exponent + e) for e in (0, 1, 2) for m in (1, 2, 5)):
         step = digit * 10.0**power

@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jobs.drawing import axes, figure, kernel, lines, points
@@ -62,6 +62,7 @@ def heights(made: Figure) -> dict[str, float]:
 # --- axes -----------------------------------------------------------------------------------
 
 
+@example(5e-324, 0.0)
 @given(st.floats(-1e3, 1e3), st.floats(1e-3, 1e6) | st.just(0.0))
 def test_steps_hold_the_range_at_equal_distances(low: float, width: float) -> None:
     ticks = axes.steps(low, low + width)
