@@ -33,7 +33,8 @@ from engine.memory import (
     release,
 )
 from engine.report import Report
-from engine.rounds import NOTHING, ORIGINAL, Answer, Plan, Row, decode
+from engine.rounds import NOTHING, Answer, Plan, Row, decode
+from engine.shared import ORIGINAL
 
 if TYPE_CHECKING:
     from engine.edit import Edit

@@ -11,12 +11,12 @@ from torch import Tensor
 from engine.batch import Batch
 from engine.choice import until
 from engine.drafts import FIRST, LONGEST, worthwhile
+from engine.shared import ORIGINAL
 
 if TYPE_CHECKING:
     from engine.decode import Decoder
     from engine.edit import Edit
 
-ORIGINAL = -1  # a row's edit: none
 DROP_SHARE = 1 / 16  # finished rows are dropped once they are this share of the batch
 
 

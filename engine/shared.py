@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from engine.decode import Decoder
     from engine.edit import Edit
 
-ORIGINAL = -1  # a row without an edit
+ORIGINAL = -1  # a row's edit: none
 Layers = list[tuple[Tensor, Tensor] | None]  # keys and values of each layer, (rows, heads, T, ·)
 
 

@@ -121,6 +121,8 @@ def check(case: Case) -> None:
     case.prompts = [FRONT + ids for ids in PROMPTS]
     assert alike(case.prompts) == len(FRONT)  # which is read once
     compare(case)
+    case.decoder.overhead = 15  # the same, and the rest of all prompts together
+    compare(case)
 
 
 def compare(case: Case) -> None:
