@@ -1,16 +1,16 @@
 """How near is a trial to what the machine can do? Measured ceilings, and whole trials under them.
 
     python -m bench.ceilings [--model demo 0.5B FOLDER ...] [--dtype auto float32 ...]
-        [--device auto|cpu|cuda] [--threads N] [--trials 10] [--warm 10] [--prompts 100] [--seed 0]
+        [--device auto|cpu|cuda] [--threads N] [--trials 16] [--warm 16] [--prompts 100] [--seed 0]
         [--profile] [--quiet]
 
 1. Ceilings: FLOP/s of matrix products in each dtype, the best of cubes and of the shapes of the
    model's own layers, with the threads that a trial has on one product, or one product in each of
    as many threads; bytes/s of copying and of reading a tensor far larger than the caches. Measured
    before and after the trials; the best counts.
-2. Trials: a search asks for two candidates at once, as a worker on a CPU does (on a GPU eight), and
-   the engine scores them. The first `--warm` trials build up drafts and kept states. Of the others
-   operations, bytes and seconds, by phase and of the whole trial, as shares of the ceilings.
+2. Trials: a search asks for eight candidates at once, as a worker does, and the engine scores
+   them. The first `--warm` trials build up drafts and kept states. Of the others operations, bytes
+   and seconds, by phase and of the whole trial, as shares of the ceilings.
 
 A share by the clock says what the machine did, and needs a quiet machine (`--quiet` refuses
 another). A share by processor seconds (one thread's FLOP in a second that it ran, against the same
@@ -84,8 +84,8 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["auto"])
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--trials", type=int, default=10, help="that are measured")
-    parser.add_argument("--warm", type=int, default=10, help="trials before them")
+    parser.add_argument("--trials", type=int, default=16, help="that are measured")
+    parser.add_argument("--warm", type=int, default=16, help="trials before them")
     parser.add_argument("--prompts", type=int, default=100, help="of each side and role")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--profile", action="store_true")
@@ -127,15 +127,15 @@ def _report(
     prepare(
         session, path=str(folder), dtype=dtype, device=device, prompts=few(texts(), given.prompts)
     )
-    together = CANDIDATES[device]
-    search = Search(session, given.warm + given.trials, given.seed, together)
-    for _ in range(0, given.warm, together):
-        search.go_on()
+    search = Search(session, given.warm + given.trials, given.seed, CANDIDATES)
     loaded = session.ready.loaded
     sizes = sorted({_size(layer) for layer in linear_layers(loaded.model)})
-    ceilings = measure(loaded.device, loaded.dtype, given.threads, sizes)
-    requests = max(1, given.trials // together)
+    requests = max(1, given.trials // CANDIDATES)
     with Counter(loaded.model, loaded.device) as counter:
+        for _ in range(0, given.warm, CANDIDATES):
+            search.go_on()
+        ceilings = measure(loaded.device, loaded.dtype, given.threads, sizes)
+        counter.restart()
         for _ in range(requests):
             search.go_on()
     ceilings = ceilings.best(measure(loaded.device, loaded.dtype, given.threads, sizes))
@@ -144,7 +144,7 @@ def _report(
     written = str(loaded.dtype).removeprefix("torch.")
     for phase, work in (*counter.phases.items(), ("whole trial", counter.total)):
         if work.wall > 0:
-            cells = [name, written, phase, *cells_of(work, ceilings, requests * together)]
+            cells = [name, written, phase, *cells_of(work, ceilings, requests * CANDIDATES)]
             print(f"| {' | '.join(cells)} |")
     print(flush=True)
     if given.profile:
@@ -177,8 +177,8 @@ def profile(search: Search, device: torch.device) -> list[str]:
     kinds = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
-    every_thread = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
-    with torch.profiler.profile(activities=kinds, experimental_config=every_thread) as seen:
+    torch.set_num_threads(1)  # no lanes: the profiler sees this process alone
+    with torch.profiler.profile(activities=kinds) as seen:
         search.go_on()
     field = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     times = {event.key: (getattr(event, field), event.count) for event in seen.key_averages()}

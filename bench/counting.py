@@ -8,18 +8,20 @@ itself are left out: below 1 % of the operations, though not of the time.
 Bytes are those that a forward cannot avoid: the weights of each linear layer once, as they are
 stored, and the keys and values that attention reads. Activations are left out.
 
-`torch.utils.flop_counter` counts the same (tests hold one against the other), but in one thread
+`torch.utils.flop_counter` counts the same (tests hold one against the other), but in one process
 alone and without the packed layers of bitsandbytes.
 """
 
 from __future__ import annotations
 
-import threading
+import os
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import wraps
+from multiprocessing import Lock
+from multiprocessing.sharedctypes import RawArray
 from typing import Any
 from unittest.mock import patch
 
@@ -31,7 +33,7 @@ import engine.scorers
 from engine.decode import Decoder
 from engine.lower import Lower
 
-REST = "rest"  # of a trial: building edits, counting, and a lane that waits for the other
+REST = "rest"  # of a trial: building edits, counting, and lanes that wait
 PHASES = {
     "divergence": (engine.scorers, "divergences"),
     "answers": (Decoder, "answers"),
@@ -42,7 +44,10 @@ MISSED = 0.02  # share of the parameters that may lie outside of linear layers a
 
 @dataclass
 class Work:
-    """What a phase of all trials took; `wall` and `processor` are seconds."""
+    """What a phase of all trials took; `wall` and `processor` are seconds.
+
+    Its fields are the places in the counter's arrays.
+    """
 
     flops: int = 0
     bytes: int = 0
@@ -51,25 +56,30 @@ class Work:
 
 
 class Counter:
-    """Counts by phase, in whichever thread a phase runs.
+    """Counts by phase, in this process and in the lanes that it forks (`engine.lanes`).
 
     with Counter(model, device) as counter:
+        session.handle(Score(...), report)      # not counted
+        counter.restart()
         session.handle(Score(...), report)
     counter.phases["answers"].flops
 
-    Where candidates run side by side, a lane each, a phase's seconds are those of all lanes by
-    their number. The process's clock cannot tell then which lane used it: what its own thread did
-    not use is the lanes', by their time.
+    Where candidates run side by side, a lane each, a phase's seconds of the clock are those of all
+    lanes by their number.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         """ValueError where operations would be missed: stacks of experts, attention of its own."""
         self.phases = {name: Work() for name in (*PHASES, REST)}
         self.total = Work()
-        self._device, self._here, self._lock = device, threading.local(), threading.Lock()
-        self._own = threading.get_ident()
-        self._beside = dict.fromkeys(PHASES, 0.0)  # seconds in other threads
-        self._lanes = self._most = 0
+        self._device, self._phase, self._own = device, REST, os.getpid()
+        self._counts = {
+            (name, beside): RawArray("d", len(fields(Work)))
+            for name in self.phases
+            for beside in (False, True)
+        }
+        self._lanes = RawArray("i", 2)  # now in a phase, and the most that were
+        self._lock = Lock()
         self._linear = linear_layers(model)
         config: Any = model.config
         if config._attn_implementation != "sdpa":
@@ -85,9 +95,15 @@ class Counter:
         for name, (owner, function) in PHASES.items():
             timed = self._timed(name, getattr(owner, function))
             self._stack.enter_context(patch.object(owner, function, timed))
-        wait(self._device)
-        self._began = time.perf_counter(), time.process_time()
+        self.restart()
         return self
+
+    def restart(self) -> None:
+        """Count from here on. No lane may be at work."""
+        wait(self._device)
+        for counts in (*self._counts.values(), self._lanes):
+            counts[:] = [0] * len(counts)
+        self._began = time.perf_counter(), time.process_time()
 
     def __exit__(self, *exception: object) -> None:
         wait(self._device)
@@ -95,27 +111,27 @@ class Counter:
         self.total.wall = time.perf_counter() - wall
         self.total.processor = time.process_time() - processor
         self._stack.close()
-        named, rest = [self.phases[name] for name in PHASES], self.phases[REST]
-        left, beside = self.total.processor, sum(self._beside.values())
-        left -= sum(work.processor for work in named)
-        for name, seconds in self._beside.items():
-            if seconds:
-                self.phases[name].wall += seconds / self._most
-                self.phases[name].processor += left * seconds / beside
+        for name, work in self.phases.items():
+            here, beside = (self._counts[name, place] for place in (False, True))
+            work.flops, work.bytes = int(here[0] + beside[0]), int(here[1] + beside[1])
+            work.wall = here[2] + beside[2] / max(1, self._lanes[1])
+            work.processor = here[3] + beside[3]
+            self.total.processor += beside[3]
+        rest, named = self.phases[REST], [self.phases[name] for name in PHASES]
         rest.wall = self.total.wall - sum(work.wall for work in named)
-        rest.processor = 0.0 if beside else left
+        rest.processor = self.total.processor - sum(work.processor for work in named)
         self.total.flops = sum(work.flops for work in self.phases.values())
         self.total.bytes = sum(work.bytes for work in self.phases.values())
 
-    def _count(self, flops: int, read: int) -> None:
-        phase = self.phases[getattr(self._here, "phase", REST)]
+    def _count(self, phase: str, flops: float, read: float, wall: float, processor: float) -> None:
+        counts = self._counts[phase, os.getpid() != self._own]
         with self._lock:
-            phase.flops += flops
-            phase.bytes += read
+            for place, more in enumerate((flops, read, wall, processor)):
+                counts[place] += more
 
     def _of_linear(self, layer: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         read = sum(parameter.nbytes for parameter in layer.parameters())
-        self._count(2 * args[0].numel() * out.shape[-1], read)
+        self._count(self._phase, 2 * args[0].numel() * out.shape[-1], read, 0, 0)
 
     def _spied(self, attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """`attend`, counted: query (B, H, t, d), key (B, H', T, d), value (B, H', T, e)."""
@@ -124,50 +140,44 @@ class Counter:
         def spied(query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any) -> Tensor:
             pairs = query.shape[:-1].numel() * key.shape[-2]
             flops = 2 * pairs * (query.shape[-1] + value.shape[-1])
-            self._count(flops, key.nbytes + value.nbytes)
+            self._count(self._phase, flops, key.nbytes + value.nbytes, 0, 0)
             return attend(query, key, value, *args, **more)
 
         return spied
 
     def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, during which this thread is in phase `name`, and no longer in the one that
+        """`function`, during which this process is in phase `name`, and no longer in the one that
         called it."""
 
         @wraps(function)
         def timed(*args: Any, **more: Any) -> Any:
-            outer = getattr(self._here, "phase", REST)
+            outer = self._phase
             if outer == REST:
                 self._enter(1)
             wait(self._device)
             wall, processor = time.perf_counter(), time.process_time()
-            self._here.phase = name
+            self._phase = name
             try:
                 return function(*args, **more)
             finally:
                 wait(self._device)
                 took = time.perf_counter() - wall, time.process_time() - processor
-                self._here.phase = outer
-                self._took(name, *took)
+                self._phase = outer
+                self._count(name, 0, 0, *took)
                 if outer == REST:
                     self._enter(-1)
                 else:
-                    self._took(outer, -took[0], -took[1])
+                    self._count(outer, 0, 0, -took[0], -took[1])
 
         return timed
 
     def _enter(self, change: int) -> None:
         """One lane more, or less."""
+        if os.getpid() == self._own:
+            return
         with self._lock:
-            self._lanes += change
-            self._most = max(self._most, self._lanes)
-
-    def _took(self, name: str, wall: float, processor: float) -> None:
-        with self._lock:
-            if threading.get_ident() != self._own:
-                self._beside[name] += wall
-                return
-            self.phases[name].wall += wall
-            self.phases[name].processor += processor
+            self._lanes[0] += change
+            self._lanes[1] = max(self._lanes)
 
 
 def linear_layers(model: nn.Module) -> list[nn.Module]:

@@ -8,7 +8,9 @@ own: prepare, score two candidates three times, export, measure the export. Prin
 
 On a CPU the peak of a phase is the process's resident high-water mark (VmHWM of /proc/self/status,
 set back between phases through /proc/self/clear_refs), above what the interpreter with all
-libraries takes; on a GPU torch.cuda.max_memory_allocated.
+libraries takes; while candidates are scored, by processes of their own, the most that they and it
+held in ten looks a second, pages that they share counted once. On a GPU it is
+torch.cuda.max_memory_allocated.
 """
 
 from __future__ import annotations
@@ -19,11 +21,15 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from jobs import checkpoints
 from jobs.estimate import figures
@@ -38,6 +44,7 @@ PHASES = {  # what the engine reports -> the phase of the estimate
     "baseline": "baseline",
     "edit bases": "edit bases",
 }
+LOOK = 0.1  # seconds between two looks at the lanes' memory
 SCORING = ("answers", "divergence")  # one request: their peaks cannot be told apart
 
 
@@ -153,6 +160,9 @@ class Meter:
         self.peaks: dict[str, int] = {}
         self.seconds: dict[str, float] = {}
         self._since = time.monotonic()
+        self._beside = 0
+        if not cuda:
+            threading.Thread(target=self._look, daemon=True).start()
         self.base = 0 if cuda else self._peak()
         self._reset()
 
@@ -188,10 +198,22 @@ class Meter:
             return torch.cuda.max_memory_allocated()
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
+                return max(self._beside, int(line.split()[1]) * 1024)
         raise RuntimeError("/proc/self/status names no VmHWM")
 
+    def _look(self) -> None:
+        """Note what this process and its lanes hold, as long as there are lanes."""
+        own = psutil.Process()
+        while True:
+            time.sleep(LOOK)
+            held = 0
+            for process in (own, *lanes) if (lanes := own.children()) else ():
+                with suppress(psutil.Error):
+                    held += process.memory_full_info().pss
+            self._beside = max(self._beside, held)
+
     def _reset(self) -> None:
+        self._beside = 0
         if self.cuda:
             import torch
 

@@ -5,10 +5,10 @@
                              [--surrogate bench/trials.jsonl]
 
 Each search is one of a job on the demo model, in this process with one thread: `--batches` says how
-many candidates are asked for before the first is scored, 4 as a worker on a CPU does, 8 as on a
-GPU. Each finished search is appended to FILE as JSON, and what stands there is not run again.
-Prints two Markdown tables of hypervolumes (refusal rate and first-token KL): after so many trials,
-and after so many processor seconds of asking and scoring together.
+many candidates are asked for before the first is scored, 8 as a worker does. Each finished search
+is appended to FILE as JSON, and what stands there is not run again. Prints two Markdown tables of
+hypervolumes (refusal rate and first-token KL): after so many trials, and after so many processor
+seconds of asking and scoring together.
 
 A trial takes most of a second, and seeds differ more than samplers do. With `--surrogate` scores
 come from a model of recorded trials instead (`bench.surrogate`), so that dozens of seeds are
@@ -72,7 +72,7 @@ def main() -> None:
     """Run what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samplers", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--batches", type=int, nargs="+", default=[CANDIDATES["cpu"]])
+    parser.add_argument("--batches", type=int, nargs="+", default=[CANDIDATES])
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])

@@ -35,7 +35,7 @@ from jobs.spec.protocol import Score, Scored, ScoredBatch
 
 METHOD: MethodName = "mpoa"
 WHOLE = 2  # single pass and plain point are never screened
-BATCH = CANDIDATES["cpu"]
+BATCH = CANDIDATES
 TRIALS = (25, 50, 100, 200)
 
 Finished = list[dict[str, float]]

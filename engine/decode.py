@@ -11,7 +11,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import copy
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -110,8 +109,8 @@ class Decoder:
 
     @property
     def lanes(self) -> int:
-        """How many candidates may be scored side by side, a thread each (`engine.lanes`): on a CPU,
-        where no edit rewrites weights."""
+        """How many candidates may be scored side by side, a process each (`engine.lanes`): on a
+        CPU, where no edit rewrites weights."""
         if self.device.type != "cpu" or self.mixes or self.patch is None or not self.patch.batches:
             return 1
         return min(MOST, torch.get_num_threads())
@@ -157,12 +156,15 @@ class Decoder:
         self.select([], [])  # no edit stays behind
         return [found[index] for index in range(len(rows))]
 
-    def beside(self, others: int) -> Decoder:
-        """A decoder of the same model for some edits, in one of `others` threads, which share the
-        memory."""
-        own = copy(self)
-        own.sharing, own.begun = others, []
-        return own
+    @contextmanager
+    def keeping_beginnings(self) -> Iterator[None]:
+        """Within the block a batch may begin with what an earlier one began with."""
+        self.begun = []
+        try:
+            yield
+        finally:
+            self.begun = None
+            self.select([], [])  # no edit stays behind
 
     def shrink(self, limit: int | None) -> None:
         """Take over the `limit` of another decoder of this model that ran out of memory."""

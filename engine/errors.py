@@ -14,3 +14,7 @@ class EngineError(Exception):
         self.message = message
         self.mend = mend
         self.detail = detail
+
+    def __reduce__(self) -> tuple[type[EngineError], tuple[str, ...]]:
+        """What a copy is made of, in another process too."""
+        return EngineError, (self.reason, self.message, self.mend, self.detail)

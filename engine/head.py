@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,12 +30,10 @@ def head_of(model: Any) -> nn.Module:
 
 @contextmanager
 def entering_head(model: Any, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Within the block, what enters the output head, (rows, t, d), is `change` of it, in the
-    forwards of this thread."""
-    mine = threading.get_ident()
+    """Within the block, what enters the output head, (rows, t, d), is `change` of it."""
 
-    def before(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return (change(given[0]), *given[1:]) if threading.get_ident() == mine else None
+    def before(_: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+        return change(given[0]), *given[1:]
 
     handle = head_of(model).register_forward_pre_hook(before)
     try:

@@ -1,17 +1,29 @@
-"""Candidates side by side on one CPU: a thread each, all reading the same weights.
+"""Candidates side by side on one CPU: a process each, all reading the same weights.
 
-A small batch keeps one core busy and two hardly more; two candidates keep two. What a forward does
-besides the weights (edits, kept states, the head) is each thread's own. What one candidate teaches
-the next is learned after both, so that nothing depends on who was faster.
+A small batch keeps one core busy and two hardly more, and the threads of one Python wait for one
+another; two processes keep two cores. They are forked from the prepared engine, so they have its
+model without a copy, and live until something else is asked for. What one candidate teaches is told
+to all of them, in the same order and at the same turn, so that nothing depends on who was faster.
 """
 
 from __future__ import annotations
 
+import os
+import pickle
+import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
-from typing import TypeVar
+import time
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -20,89 +32,256 @@ from engine.report import Report
 from jobs.spec.memory import LANES
 from jobs.spec.protocol import Scored
 
-MOST = LANES["cpu"]
+MOST = LANES["cpu"] if sys.platform == "linux" else 1  # elsewhere libraries do not bear a fork
+POLL = 0.2  # seconds after which a stop is seen at the latest, and between a lane's reports
+KEPT = 3  # descriptors that a lane keeps: standard input, output and error
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 
-def side_by_side(
-    work: Callable[[Item, Report], Found],
-    items: Sequence[Item],
-    report: Report,
-    done: Callable[[Found], None],
-    lanes: int = MOST,
-) -> list[Found]:
-    """`work` on each of `items`, on `lanes` threads, which share torch's threads.
+class Lanes(Generic[Item, Found]):
+    """Processes that do `work`, as many at once as there are.
 
-    done(found)   called in this thread, in the order in which they end
-    The first error ends the others at their next report, and is raised.
+    lanes = Lanes(2, work, learn)
+    found = lanes.run(len(items), items.__getitem__, report, done)
+    lanes.close()
+
+    work(item, report)  runs in a lane, a copy of this process as it was when `Lanes` was made: what
+                        it changes stays there. It reports through this process.
+    learn(found)        runs in every lane, for whatever any of them found
+    lag                 items of a run after which what one of them taught is known: enough that no
+                        lane waits, and the same whoever is faster
+    Items and what is found go through pipes: they must be picklable.
     """
-    lanes = min(lanes, len(items))
-    if len(items) == 1:
-        found = work(items[0], report)
-        done(found)
-        return [found]
-    threads = max(1, torch.get_num_threads() // lanes)
-    shared = _Shared(report)
 
-    def run(item: Item, part: Report) -> Found:
-        torch.set_num_threads(threads)  # of this thread alone
-        with shared.watching():
-            return work(item, part)
+    def __init__(
+        self,
+        count: int,
+        work: Callable[[Item, Report], Found],
+        learn: Callable[[Found], None] = lambda found: None,
+    ) -> None:
+        self._lanes = [_fork(work, learn) for _ in range(count)]
+        self.lag = 2 * count
+        self.close = weakref.finalize(self, _end, self._lanes, os.getpid())
 
-    with ThreadPoolExecutor(lanes, thread_name_prefix="lane") as pool, shared.watching():
-        futures: list[Future[Found]] = [
-            pool.submit(run, item, _Part(shared, place)) for place, item in enumerate(items)
-        ]
-        for future in as_completed(futures):
-            if shared.failed:
-                raise shared.failed[0]
-            done(future.result())
-    return [future.result() for future in futures]
+    @property
+    def alive(self) -> bool:
+        """Whether there is anybody to work: not after an error, nor after `close`."""
+        return self.close.alive
+
+    def run(
+        self,
+        count: int,
+        item: Callable[[int], Item],
+        report: Report,
+        done: Callable[[int, Found], None],
+    ) -> list[Found]:
+        """What `work` finds for each of `count` items; the lanes share torch's threads out.
+
+        item(number)          called when its turn comes: up to the one `lag` before it all are done
+        done(number, found)   called in the order in which they end
+        The first error is raised; it and a stop end all lanes, whatever they are at.
+        """
+        try:
+            return self._run(count, item, report, done)
+        except BaseException:
+            self.close()
+            raise
+
+    def _run(
+        self,
+        count: int,
+        item: Callable[[int], Item],
+        report: Report,
+        done: Callable[[int, Found], None],
+    ) -> list[Found]:
+        threads = max(1, torch.get_num_threads() // max(1, min(count, len(self._lanes))))
+        idle, busy = list(self._lanes), dict[Any, _Lane]()
+        found: dict[int, Found] = {}
+        begun = taught = 0
+        shown = _Shown(report)
+        while len(found) < count:
+            while idle and begun < count and all(n in found for n in range(begun - self.lag + 1)):
+                taught = self._teach(found, taught, begun - self.lag + 1)
+                lane = idle.pop(0)
+                lane.send("work", (begun, item(begun), threads))
+                busy[lane.pipe] = lane
+                begun += 1
+            for ready in wait(list(busy), POLL):
+                kind, number, what = busy[ready].receive()
+                if kind == "found":
+                    found[number] = what
+                    idle.append(busy.pop(ready))
+                    done(number, what)
+                elif kind == "failed":
+                    raise what
+                else:
+                    shown.take(kind, number, what)
+            shown.again()  # which tells of a stop
+        self._teach(found, taught, count)
+        return [found[number] for number in range(count)]
+
+    def _teach(self, found: dict[int, Found], taught: int, until: int) -> int:
+        """Let every lane learn what was found up to item `until`."""
+        for number in range(taught, until):
+            for lane in self._lanes:
+                lane.send("learn", found[number])
+        return max(taught, until)
 
 
-class _Shared:
-    """One report for several threads: their counts added up."""
+@dataclass(frozen=True)
+class _Lane:
+    """A forked process, and the pipe to it."""
+
+    pid: int
+    pipe: Connection
+
+    def send(self, kind: str, what: Any) -> None:
+        """A message to it."""
+        try:
+            self.pipe.send((kind, what))
+        except OSError as error:
+            raise _gone() from error
+
+    def receive(self) -> Any:
+        """A message from it."""
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError) as error:
+            raise _gone() from error
+
+
+def _gone() -> EngineError:
+    return EngineError(
+        "engine_died",
+        "a process that scored candidates was ended from outside",
+        "If it was killed for memory choose bnb_4bit or a smaller model. Then resume the job.",
+    )
+
+
+def _end(lanes: list[_Lane], owner: int) -> None:
+    """End them whatever they are at; a lane, which has copies of the others, does not."""
+    if os.getpid() != owner:
+        return
+    for lane in lanes:
+        with suppress(ProcessLookupError):
+            os.kill(lane.pid, signal.SIGKILL)
+    for lane in lanes:
+        lane.pipe.close()
+        with suppress(ChildProcessError):
+            os.waitpid(lane.pid, 0)
+    lanes.clear()
+
+
+class _Shown:
+    """One report for several lanes: their counts added up."""
 
     def __init__(self, report: Report) -> None:
-        self.report = report
-        self.lock = threading.Lock()
-        self.failed: list[BaseException] = []
-        self.counts: dict[int, tuple[float, float]] = {}
+        self._report = report
+        self._counts: dict[int, tuple[float, float]] = {}
+        self._phase = ""
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Let the others know of an error within the block."""
-        try:
-            yield
-        except BaseException as error:
-            self.failed.append(error)
-            raise
+    def take(self, kind: str, place: int, what: Any) -> None:
+        """A lane's report on the item at `place`."""
+        if kind == "progress":
+            self._phase, done, total, text = what
+            self._counts[place] = done, total
+            self.again(text)
+        elif kind == "log":
+            self._report.log(*what)
+        else:
+            self._report.partial(*what)
+
+    def again(self, text: str = "") -> None:
+        """What all lanes have done of what was in their hands."""
+        if self._counts:
+            done, total = (sum(each) for each in zip(*self._counts.values(), strict=True))
+            self._report.progress(self._phase, done, total, text)
+
+
+def _fork(work: Callable[[Item, Report], Any], learn: Callable[[Any], None]) -> _Lane:
+    """A process that answers messages until its pipe is closed."""
+    ours, theirs = Pipe()
+    with warnings.catch_warnings():
+        # Python warns of the locks of other threads. Ours reads a pipe or waits for work, and
+        # what takes locks there (logging, the heap) is put in order after a fork.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid:
+        theirs.close()
+        return _Lane(pid, ours)
+    try:
+        _serve(theirs, work, learn)
+    finally:
+        os._exit(0)  # nothing of the parent's is tidied up here
+
+
+def _serve(
+    pipe: Connection, work: Callable[[Item, Report], Any], learn: Callable[[Any], None]
+) -> None:
+    """What a lane does: read here, so that it ends with its parent, and work in another thread.
+
+    Another one also because OpenMP's threads do not outlive a fork: a new thread's are made anew.
+    """
+    os.closerange(KEPT, pipe.fileno())  # who waits for the end of a pipe waits for its last holder
+    os.closerange(pipe.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+    messages: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+    threading.Thread(target=_work, args=(messages, pipe, work, learn), daemon=True).start()
+    with suppress(EOFError, OSError):
+        while True:
+            messages.put(pipe.recv())
+
+
+def _work(
+    messages: SimpleQueue[tuple[str, Any]],
+    pipe: Connection,
+    work: Callable[[Item, Report], Any],
+    learn: Callable[[Any], None],
+) -> None:
+    try:
+        while True:
+            kind, what = messages.get()
+            if kind == "learn":
+                learn(what)
+                continue
+            place, item, threads = what
+            torch.set_num_threads(threads)
+            pipe.send(("found", place, work(item, _Part(pipe, place))))
+    except BaseException as error:
+        with suppress(OSError):
+            _send_error(pipe, error)
+
+
+def _send_error(pipe: Connection, error: BaseException) -> None:
+    """The error itself where it can be sent, else what it says."""
+    detail = "".join(traceback.format_exception(error))
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # what cannot be pickled, we cannot list
+        error = EngineError("engine_failed", f"{type(error).__name__}: {error}", "", detail)
+    pipe.send(("failed", 0, error))
 
 
 class _Part:
-    """A thread's `Report`."""
+    """A lane's `Report` on one item."""
 
-    def __init__(self, shared: _Shared, place: int) -> None:
-        self._shared, self._place = shared, place
+    def __init__(self, pipe: Connection, place: int) -> None:
+        self._pipe, self._place = pipe, place
+        self._phase, self._sent = "", 0.0
 
     def progress(self, phase: str, done: float = 0, total: float = 0, text: str = "") -> None:
-        """What all threads have done of what is in their hands."""
-        shared = self._shared
-        if shared.failed:
-            raise EngineError("stopped", "the candidate beside this one failed")
-        with shared.lock:
-            shared.counts[self._place] = done, total
-            done, total = (sum(each) for each in zip(*shared.counts.values(), strict=True))
-            shared.report.progress(phase, done, total, text)
+        """What this lane has done of what is in its hands. A new phase and its end are sent."""
+        now = time.monotonic()
+        if phase == self._phase and done < total and now - self._sent < POLL:
+            return
+        self._phase, self._sent = phase, now
+        self._pipe.send(("progress", self._place, (phase, done, total, text)))
 
     def log(self, text: str, level: str = "info") -> None:
         """A line for the task's log."""
-        with self._shared.lock:
-            self._shared.report.log(text, level)
+        self._pipe.send(("log", self._place, (text, level)))
 
     def partial(self, index: int, text: str = "", scored: Scored | None = None) -> None:
         """A piece of an answer, or one candidate's finished score."""
-        with self._shared.lock:
-            self._shared.report.partial(index, text=text, scored=scored)
+        self._pipe.send(("partial", self._place, (index, text, scored)))

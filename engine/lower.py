@@ -10,7 +10,6 @@ The truth is the forward of all blocks: `engine.shortcuts` compares the two befo
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -46,13 +45,6 @@ class _Enough(Exception):
     """The states of all stations have been seen."""
 
 
-class _Skipped(threading.local):
-    """The station at which the forwards of a thread begin, and what enters it (rows, t, d)."""
-
-    station = 0
-    states: Tensor | None = None
-
-
 class Lower:
     """The kept states of one model.
 
@@ -62,18 +54,16 @@ class Lower:
         decoder.forward(...)
     """
 
-    def __init__(self, anatomy: Anatomy, weight_bytes: int) -> None:
+    def __init__(self, anatomy: Anatomy, weight_bytes: int, lanes: int = 1) -> None:
+        """`lanes`: processes that keep states, each its own."""
         self._anatomy = anatomy
         blocks = len(anatomy.blocks)
         spread = {round(blocks * step / 8) for step in range(1, STATIONS + 1)}
         self.stations = sorted(station for station in spread if 0 < station < blocks)
-        self._budget = lower_bytes(weight_bytes)
+        self._budget = lower_bytes(weight_bytes, lanes)
         self._held = self._round = 0
         self._kept: dict[Sequenced, _Kept] = {}
         self._seen: set[int] = set()  # hashes of all sequences: thousands of answers stay small
-        self._skipped = _Skipped()
-        self._lock, self._skipping = threading.Lock(), 0
-        self._own: list[Any] = []  # forwards that accelerate puts into blocks
 
     def station(self, edits: Sequence[Edit]) -> int:
         """The highest station that no edit reaches below; 0 where there is none."""
@@ -144,51 +134,30 @@ class Lower:
 
     @contextmanager
     def skipping(self, station: int, states: Tensor) -> Iterator[None]:
-        """Within it the forwards of this thread begin before block `station` with `states`
-        (rows, t, d)."""
-        self._skipped.station, self._skipped.states = station, states
-        self._enter()
+        """Within it forwards begin before block `station` with `states` (rows, t, d)."""
+        blocks = self._anatomy.blocks[:station]
+        # accelerate puts forwards of its own into blocks
+        own = [block.__dict__.get("forward") for block in blocks]
+        for number, block in enumerate(blocks, start=1):
+            block.forward = _passed(block.forward, states if number == station else None)
         try:
             yield
         finally:
-            self._leave()
-            self._skipped.station, self._skipped.states = 0, None
-
-    def _enter(self) -> None:
-        """Let the blocks be passed by, from the first thread on that skips."""
-        with self._lock:
-            self._skipping += 1
-            if self._skipping > 1:
-                return
-            blocks = self._anatomy.blocks[: self.stations[-1]]
-            self._own = [block.__dict__.get("forward") for block in blocks]
-            for number, block in enumerate(blocks):
-                block.forward = self._passed(number, block.forward)
-
-    def _leave(self) -> None:
-        """Give the blocks their own forwards back after the last one."""
-        with self._lock:
-            self._skipping -= 1
-            if self._skipping:
-                return
-            for block, forward in zip(self._anatomy.blocks, self._own, strict=False):
+            for block, forward in zip(blocks, own, strict=True):
                 del block.forward
                 if forward is not None:
                     block.forward = forward
 
-    def _passed(self, number: int, forward: Any) -> Any:
-        """The forward of block `number`, which a thread that skips it passes by."""
 
-        @wraps(forward)
-        def passing(*args: Any, **kwargs: Any) -> Any:
-            skipped = self._skipped
-            if number >= skipped.station or skipped.states is None:
-                return forward(*args, **kwargs)
-            stream: Tensor = args[0] if args else kwargs["hidden_states"]
-            last = number == skipped.station - 1
-            return skipped.states.to(stream.device) if last else stream
+def _passed(forward: Any, states: Tensor | None) -> Any:
+    """Instead of a block's `forward`: it gives `states`, or what it gets."""
 
-        return passing
+    @wraps(forward)
+    def passing(*args: Any, **kwargs: Any) -> Any:
+        stream: Tensor = args[0] if args else kwargs["hidden_states"]
+        return stream if states is None else states.to(stream.device)
+
+    return passing
 
 
 def padded(states: Sequence[Tensor]) -> Tensor:

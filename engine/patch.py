@@ -6,7 +6,6 @@ Only writers without a module of their own, such as stacks of experts, are rewri
 from __future__ import annotations
 
 from collections.abc import Sequence
-from threading import get_ident
 from types import TracebackType
 from typing import Any
 
@@ -23,8 +22,7 @@ from engine.routers import Router, Suppression
 
 
 class _Selected:
-    """What a thread has selected for one writer: y' = s∘(W(c∘x)) + a (u x) + b + bias, of K edits
-    of rank k.
+    """What is selected for one writer: y' = s∘(W(c∘x)) + a (u x) + b + bias, of K edits of rank k.
 
     u x is one product in the model's dtype (its sums are float32 inside), the rest is float32.
     a is scaled to max 1 and u by the inverse, so that u x stays in float16's range wherever the
@@ -120,11 +118,11 @@ class _Selected:
 
 
 class _Hooked:
-    """The hooks of one writer: each thread's forwards use what that thread has selected."""
+    """The hooks of one writer, which apply what is selected."""
 
     def __init__(self, module: nn.Module, bias: Tensor | None) -> None:
         self.bias = bias
-        self._selected: dict[int, _Selected] = {}
+        self.selected: _Selected | None = None
         self.handles: list[Any] = [
             module.register_forward_pre_hook(self.before),
             module.register_forward_hook(self.after),
@@ -132,27 +130,16 @@ class _Hooked:
 
     def select(self, edits: Sequence[Term | None], rows: Tensor | None, like: Tensor) -> None:
         """Use these edits; see `_Selected`."""
-        if any(edit is not None for edit in edits):
-            self._selected[get_ident()] = _Selected(edits, rows, like, self.bias)
-        else:
-            self.clear()
-
-    def clear(self) -> None:
-        """The original module."""
-        self._selected.pop(get_ident(), None)
-
-    @property
-    def selected(self) -> _Selected | None:
-        """What this thread uses."""
-        return self._selected.get(get_ident())
+        some = any(edit is not None for edit in edits)
+        self.selected = _Selected(edits, rows, like, self.bias) if some else None
 
     def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """What the module gets."""
-        return None if (selected := self.selected) is None else selected.before(args)
+        return None if self.selected is None else self.selected.before(args)
 
     def after(self, module: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor | None:
         """What it gives."""
-        return None if (selected := self.selected) is None else selected.after(y)
+        return None if self.selected is None else self.selected.after(y)
 
 
 class Patch:
@@ -163,8 +150,7 @@ class Patch:
     patch.clear()                           the original model
 
     The context manager removes the hooks and restores the weights. Writers without a module of
-    their own (stacks of experts) are rewritten, for all rows alike: see `batches`. What is selected
-    holds for the forwards of the thread that selected it.
+    their own (stacks of experts) are rewritten, for all rows alike: see `batches`.
     """
 
     def __init__(self, anatomy: Anatomy) -> None:
@@ -179,7 +165,7 @@ class Patch:
                 self._hooked.append((k, _Hooked(w.module, w.bias()), like))
             else:
                 self._in_place.append((k, Rewritten(w)))
-        self._rows: dict[int, Tensor] = {}  # of each thread: the edit of each row of its batch
+        self._rows: Tensor | None = None  # the edit of each row of the batch
         self._places: dict[torch.device, torch.device] = {}
 
     @property
@@ -205,10 +191,7 @@ class Patch:
             raise EngineError("bad_request", f"rows must lie in -1..{len(edits) - 1}")
         used = [0] if rows is None else sorted(set(rows.tolist()))
         self._rewrite([edits[edit] if edit >= 0 else None for edit in used])
-        if rows is None:
-            self._rows.pop(get_ident(), None)
-        else:
-            self._rows[get_ident()] = rows.clone()
+        self._rows = None if rows is None else rows.clone()
         for k, hooked, like in self._hooked:
             if shared:
                 hooked.select([edits[0].terms[k]], None, like)
@@ -221,10 +204,9 @@ class Patch:
 
     def keep(self, index: Tensor) -> None:
         """Keep only these rows of the batch (positions (B') or a mask (B)), in this order."""
-        rows = self._rows.get(get_ident())
-        if rows is None:
+        if self._rows is None:
             return
-        self._rows[get_ident()] = rows[index.to(rows.device)]
+        self._rows = self._rows[index.to(self._rows.device)]
         moved: dict[torch.device, Tensor] = {}
         for _, hooked, _ in self._hooked:
             selected = hooked.selected
@@ -236,9 +218,9 @@ class Patch:
 
     def clear(self) -> None:
         """Back to the original model."""
-        self._rows.pop(get_ident(), None)
+        self._rows = None
         for _, hooked, _ in self._hooked:
-            hooked.clear()
+            hooked.selected = None
         self._rewrite([None])
 
     def close(self) -> None:

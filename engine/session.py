@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from engine import export
@@ -9,12 +10,13 @@ from engine.compare import compare
 from engine.decode import ORIGINAL, Row
 from engine.errors import EngineError
 from engine.heap import return_blocks, reuse_blocks
+from engine.lanes import Lanes
 from engine.manifest import manifest
 from engine.measure import measure
 from engine.memory import release
 from engine.preparation import Ready, prepare
 from engine.report import Report
-from engine.scorers import Asked, score
+from engine.scorers import Asked, Found, Share, learn, score, score_share
 from engine.scorers.harness import benchmark
 from engine.selection import select
 from engine.texts import check_length, context_of
@@ -52,6 +54,7 @@ class Session:
 
     def __init__(self) -> None:
         self._ready: Ready | None = None
+        self._lanes: Lanes[Share, Found] | None = None
 
     def handle(
         self, request: Request, report: Report
@@ -60,6 +63,7 @@ class Session:
         if isinstance(request, Score):
             reuse_blocks()
         else:
+            self.close_lanes()
             return_blocks()
         match request:
             case Prepare():
@@ -125,8 +129,34 @@ class Session:
             new, not request.whole, request.kl_multi, request.scorers, ready.baseline.further,
             request.finished,
         )  # fmt: skip
-        scored = score(ready.decoder, role, edits, ready.refusals, asked, report, send)
+        scored = score(
+            ready.decoder, role, edits, ready.refusals, asked, report, send,
+            self._beside() if len(edits) > 1 else None,
+        )  # fmt: skip
         return ScoredBatch(scored=scored)
+
+    def _beside(self) -> Lanes[Share, Found] | None:
+        """Processes that score side by side, until something else is asked for; None where the
+        model or the machine has no use for them."""
+        ready, count = self.ready, self.ready.decoder.lanes
+        if count < 2:
+            return None
+        if self._lanes is None or not self._lanes.alive:
+
+            def work(share: Share, report: Report) -> Found:
+                ready.decoder.sharing = count
+                return score_share(
+                    ready.decoder, ready.roles[share.role], share, ready.refusals, report
+                )
+
+            self._lanes = Lanes(count, work, partial(learn, ready.decoder))
+        return self._lanes
+
+    def close_lanes(self) -> None:
+        """End the processes that score side by side."""
+        if self._lanes is not None:
+            self._lanes.close()
+            self._lanes = None
 
     def respond(self, request: Respond, report: Report) -> Responses:
         """Whole answers, streamed: each partial is a piece that follows the pieces before it."""

@@ -122,7 +122,7 @@ def choose_lower(decoder: Decoder, anatomy: Anatomy, weight_bytes: int, ids: Seq
     if not decoder.pads or decoder.mixes:
         return
     rows = _rows(ids)
-    lower = Lower(anatomy, weight_bytes)
+    lower = Lower(anatomy, weight_bytes, decoder.lanes)
     truth = _last_logits(decoder, rows)
     try:
         states = lower.read(decoder, rows)

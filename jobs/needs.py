@@ -118,12 +118,11 @@ def need(spec: JobSpec, shape: Shape, weights: Weights, kind: Kind, prompt: int)
     """The phases of `spec`, with prompts of up to `prompt` tokens, template included."""
     width = width_of(spec, kind)
     shape = replace(shape, width=width)
-    together = CANDIDATES[kind]
-    work = Workload.of(spec, kind, prompt, 1 if kind == "cuda" else together)
+    work = Workload.of(spec, kind, prompt, 1 if kind == "cuda" else CANDIDATES)
     phases = _phases(spec, shape, weights, work)
     decides = _peak(phases)
     single = replace(work, side=1, scored=1, heldout=1, group=1, lanes=1, together=1)
-    whole = Workload.of(spec, kind, prompt, together)
+    whole = Workload.of(spec, kind, prompt, CANDIDATES)
     host = decides.bytes if kind == "cpu" else HOST_BESIDE_CUDA + _host(spec, shape, weights, work)
     return Need(
         kind=kind,
@@ -250,7 +249,8 @@ def _states(shape: Shape, work: Workload) -> dict[str, int]:
 def _lower(shape: Shape, work: Workload, loaded: int) -> int:
     """What the original computes below edits, of all prompts with their answers (host memory)."""
     tokens = (work.scored + work.heldout) * (2 * work.prompt + work.compared + work.new)
-    return min(lower_bytes(loaded), STATIONS * tokens * shape.hidden * shape.width)
+    most = STATIONS * tokens * shape.hidden * shape.width
+    return work.lanes * min(lower_bytes(loaded, work.lanes), most)
 
 
 def _samples(weights: Weights, shape: Shape) -> int:

@@ -47,8 +47,9 @@ class Slot:
 def reserve(session: Session, task: Task, token: int, count: int) -> list[Slot]:
     """At most `count` slots for this task: orphans first, then fresh numbers below job.trials.
 
-    N searchers never overshoot: numbers are given out under the lock of the job's row. An empty
-    answer means that every slot is complete or in the hands of a live searcher.
+    N searchers never overshoot: numbers are given out under the lock of the job's row. The last
+    open slots are shared among them, so that all end at about the same time. An empty answer means
+    that every slot is complete or in the hands of a live searcher.
     """
     held = queue.fence(session, task.id, token)
     job = session.get_one(Job, held.job_id)
@@ -60,37 +61,37 @@ def reserve(session: Session, task: Task, token: int, count: int) -> list[Slot]:
             .execution_options(populate_existing=True)
         )
     )
-    live = set(
-        session.scalars(
-            select(Task.lease_token).where(
+    live = dict(
+        session.execute(
+            select(Task.lease_token, Task.kind).where(
                 Task.job_id == job.id,
                 Task.state == "running",
                 Task.lease_expires_at > func.clock_timestamp(),
             )
-        )
+        ).all()
     )
+    orphans = [
+        row
+        for row in rows
+        if row.number < job.trials
+        and (row.state == "failed" or (row.state == "running" and row.lease_token not in live))
+    ]
+    fresh = sorted(set(range(job.trials)) - {row.number for row in rows})
+    searchers = max(1, list(live.values()).count(held.kind))
+    count = min(count, -(-(len(orphans) + len(fresh)) // searchers))
     slots: list[Slot] = []
-    for row in rows:
-        if len(slots) == count:
-            return slots
-        orphan = row.state == "failed" or (row.state == "running" and row.lease_token not in live)
-        if not orphan or row.number >= job.trials:
-            continue
+    for row in orphans[:count]:
         row.state, row.lease_token = "running", token
         begun = parse(row.candidate) if row.candidate else None
         method = cast(MethodName, row.method)
         slots.append(Slot(row.number, method, begun, row.params if begun else None))
     methods = JobSpec.model_validate(job.spec).methods
-    taken = {row.number for row in rows}
-    for number in range(job.trials):
-        if len(slots) >= count:
-            break
-        if number not in taken:
-            method, _ = turn(methods, number)
-            session.add(
-                Trial(job_id=job.id, number=number, method=method, candidate={}, lease_token=token)
-            )
-            slots.append(Slot(number, method))
+    for number in fresh[: count - len(slots)]:
+        method, _ = turn(methods, number)
+        session.add(
+            Trial(job_id=job.id, number=number, method=method, candidate={}, lease_token=token)
+        )
+        slots.append(Slot(number, method))
     session.flush()
     return slots
 

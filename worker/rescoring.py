@@ -22,7 +22,7 @@ def rescore(run: Run, prepared: Prepared, chosen: list[Trial], phase: str) -> No
     names = scorers.of_engine(run.spec.objectives, run.spec.scorers)
     if "judge" in run.spec.scorers:
         names.append("judge")  # it reads whole answers
-    size = run.batch_size(prepared)
+    size = run.batch_size()
     todo: list[tuple[Role, list[Trial]]] = []
     for role in ROLES:
         missing = [trial for trial in chosen if getattr(trial, role) is None]

@@ -126,12 +126,9 @@ class Run:
             self.station.note_prepared(request, prepared)
         return prepared
 
-    def batch_size(self, prepared: Prepared) -> int:
-        """How many candidates to score in one request on the engine's device."""
-        return (
-            self.station.own.batch
-            or CANDIDATES["cuda" if prepared.device.startswith("cuda") else "cpu"]
-        )
+    def batch_size(self) -> int:
+        """How many candidates to score in one request."""
+        return self.station.own.batch or CANDIDATES
 
     def request_for(self, side: Side, purpose: Purpose) -> Prepare:
         """What makes an engine ready for the job's model, or for the one that it compares with."""

@@ -50,7 +50,7 @@ def search(run: Run) -> None:
     """Score candidates until every slot is complete or in the hands of another live worker."""
     prepared = run.prepare()
     studies = _studies(run, prepared.anatomy.layers)
-    size = run.batch_size(prepared)
+    size = run.batch_size()
     # a full batch of each kind of request in every round
     count = size * max(1, len({together(run.spec, method, "sampler") for method in studies}))
     while True:

@@ -34,7 +34,7 @@ from jobs.fronts import best
 BATCH = 128  # prompts at once where the other program is told; ours decides by free memory
 HEAD = (
     "search", "trials/min", "against it", "s to the first trial", "s in all",
-    "processor s: start, each trial", "peak RSS, MB", "peak GPU, MB",
+    "processor s: start, each trial", "peak memory, MB", "peak GPU, MB",
     "pick of each round: refusals, KL", "hypervolume at our end", "at its end",
 )  # fmt: skip
 
@@ -85,7 +85,7 @@ def table(sides: Sequence[Side]) -> list[str]:
             f"{_median(side, lambda run: run.end):.1f}",
             f"{_median(side, lambda run: run.cpu[0]):.1f}, "
             f"{_median(side, lambda run: run.cpu[1] / len(run.trials)):.2f}",
-            f"{_median(side, lambda run: run.rss / 1e6):.0f}",
+            f"{_median(side, lambda run: run.memory / 1e6):.0f}",
             f"{_median(side, lambda run: run.gpu / 1e6):.0f}",
             "; ".join(map(_pick, side.runs)),
             f"{_hypervolume(side, mine):.4f}",

@@ -26,6 +26,7 @@ from bench.peer.setting import (
 )
 from bench.peer.watch import now, watch
 from bench.search import texts
+from engine.heap import return_blocks
 from engine.report import Silent
 from engine.session import Session
 from jobs.spec.candidate import Candidate
@@ -94,9 +95,10 @@ class Recorder(Silent):
 
 def search(setting: Setting, record: Path) -> None:
     """The search of a job: single pass, plain point, then TPE; as many at once as a worker asks."""
+    return_blocks()  # as an engine process does
     session, recorder, method = Session(), Recorder(record), METHODS[setting.mode]
     prepared = prepare(session, setting)
-    layers, size = prepared.anatomy.layers, CANDIDATES[setting.device]
+    layers, size = prepared.anatomy.layers, CANDIDATES
     table = space(layers, method)
     study = optuna.create_study(directions=["minimize", "minimize"])
     finished: list[dict[str, float]] = []

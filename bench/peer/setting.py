@@ -71,13 +71,14 @@ class Run:
     ready      seconds until the first trial began: imports, model, directions, baseline
     cpu        processor seconds before the first trial and of all trials: what other work on the
                machine changes least; with one thread, the duration on a quiet machine
-    rss, gpu   peak bytes of the process tree, and of the GPU beyond what was in use before
+    memory     peak bytes of the process tree
+    gpu        peak bytes of the GPU beyond what was in use before
     """
 
     ready: float
     trials: list[Trial]
     cpu: tuple[float, float]
-    rss: int
+    memory: int
     gpu: int
 
     @classmethod
@@ -86,7 +87,7 @@ class Run:
         end = seen.began + max(trial.at for trial in trials)
         before = seen.cpu_until(ready)
         cpu = before, seen.cpu_until(end) - before
-        return cls(ready - seen.began, trials, cpu, seen.rss, seen.gpu)
+        return cls(ready - seen.began, trials, cpu, seen.memory, seen.gpu)
 
     @property
     def end(self) -> float:

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import psutil
 
-TICK = 0.1  # seconds between two looks at the memory
+TICK = 0.1  # seconds between two looks at the processor time
+MEMORY = 1.0  # seconds between two looks at the memory, which take a while
 SILENCE = 1200.0  # seconds without a word after which a program counts as hung
 ROWS, COLUMNS = 50, 200  # of the terminal
 
@@ -26,11 +27,13 @@ ROWS, COLUMNS = 50, 200  # of the terminal
 class Watched:
     """When the process began (`now()`), its peak bytes, and its processor seconds over time.
 
+    `memory` counts pages that several processes share once.
+
     `cpu` has (when, processor seconds until then), in order.
     """
 
     began: float
-    rss: int
+    memory: int
     gpu: int
     cpu: list[tuple[float, float]]
 
@@ -56,7 +59,7 @@ def watch(
         stdin=slave, stdout=slave, stderr=subprocess.STDOUT,
     )  # fmt: skip
     os.close(slave)
-    rss, gpu, tail, heard = 0, 0, "", began
+    memory, gpu, tail, heard, looked = 0, 0, "", began, 0.0
     cpu: list[tuple[float, float]] = []
     try:
         while until not in tail:
@@ -67,12 +70,14 @@ def watch(
                 tail, heard = (tail + piece)[-8000:], now()
             elif now() - heard > SILENCE:
                 raise RuntimeError(f"{command[0]} said nothing for {SILENCE:.0f} s:\n{tail}")
-            rss, gpu = max(rss, _rss(process)), max(gpu, gpu_used() - before)
             cpu.append((now(), _cpu(process)))
+            if now() - looked >= MEMORY or until in tail:
+                memory, gpu = max(memory, _memory(process)), max(gpu, gpu_used() - before)
+                looked = now()
     finally:
         _end(process)
         os.close(master)
-    return Watched(began, rss, gpu, cpu)
+    return Watched(began, memory, gpu, cpu)
 
 
 def now() -> float:
@@ -107,19 +112,21 @@ def _tree(process: psutil.Process) -> list[psutil.Process]:
     return []
 
 
-def _rss(process: psutil.Process) -> int:
+def _memory(process: psutil.Process) -> int:
     total = 0
     for one in _tree(process):
-        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            total += one.memory_info().rss
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess, psutil.AccessDenied):
+            total += one.memory_full_info().pss
     return total
 
 
 def _cpu(process: psutil.Process) -> float:
-    with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-        used = process.cpu_times()
-        return float(used.user + used.system + used.children_user + used.children_system)
-    return 0.0
+    total = 0.0
+    for one in _tree(process):
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            used = one.cpu_times()
+            total += used.user + used.system + used.children_user + used.children_system
+    return total
 
 
 def _end(process: psutil.Popen) -> None:

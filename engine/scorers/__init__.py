@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from engine.decode import NOTHING, ORIGINAL, Answer, Decoder, Row
-from engine.lanes import side_by_side
+from engine.lanes import Lanes
 from engine.report import Report
 from engine.scorers import screen
 from engine.scorers.further import Further, measured
 from engine.scorers.kl import Divergence, Reference, divergences
 from engine.scorers.refusals import Refusals
-from jobs.spec.memory import CANDIDATES
 from jobs.spec.protocol import Scored
 from jobs.spec.scorers import ScorerName
 from jobs.spec.scores import Outcome, Role, Scores, Value
@@ -64,6 +63,32 @@ class Asked:
     finished: Sequence[screen.Objectives] = ()
 
 
+@dataclass(frozen=True)
+class Share:
+    """Edits that share their batches of at most `rows` rows, for a role's prompts."""
+
+    role: Role
+    edits: Sequence[Edit]
+    asked: Asked
+    rows: int
+
+
+@dataclass(frozen=True)
+class Found:
+    """What scoring a share gave, and what can be learned from it for others.
+
+    rows, answers   what was decoded, of those rows that were
+    read            what else was read, in full
+    limit           the decoder's, which is smaller after memory ran out
+    """
+
+    scored: list[Scored]
+    rows: list[Row]
+    answers: list[Answer]
+    read: list[list[int]]
+    limit: int | None
+
+
 def score(
     decoder: Decoder,
     prompts: RoleSet,
@@ -72,104 +97,121 @@ def score(
     asked: Asked,
     report: Report,
     on_scored: Callable[[int, Scored], None] | None = None,
+    lanes: Lanes[Share, Found] | None = None,
 ) -> list[Scored]:
     """The scores of each of `edits`; of the model as it is (one) where there are none.
 
     on_scored   called with the place of an edit and its scores as soon as they are known
+    lanes       processes of `score_share` and `learn`, where shares are scored side by side
     """
-    numbers = list(range(len(edits))) or [ORIGINAL]
-    lanes = min(decoder.lanes, len(numbers))
-    together = max(1, decoder.batch_size // max(1, len(prompts.harmful)))
-    together = min(together, -(-len(numbers) // lanes))
-    if decoder.patch is not None and not decoder.patch.batches:
-        together = 1  # weights that are rewritten in place hold one edit at a time
-    if decoder.mixes:
-        together = 1  # scores would depend on what shares the batch
-    # edits of a group share their batches
-    groups = [numbers[at : at + together] for at in range(0, len(numbers), together)]
+    size = _together(decoder, len(prompts.harmful), len(edits), lanes is not None)
+    shares = [
+        Share(prompts.role, edits[at : at + size], asked, decoder.batch_size)
+        for at in range(0, max(1, len(edits)), size)
+    ]
+    found: dict[int, Found] = {}
 
-    def work(group: list[int], report: Report) -> _Scored:
-        own = decoder.beside(lanes)
-        try:
-            return _score(own, prompts, edits, group, refusals, asked, report)
-        finally:
-            own.select([], [])  # also after an error: this thread ends
-
-    def skipped(group: list[int]) -> int:
-        """Blocks that its forwards leave out."""
-        own = [edits[number] for number in group if number != ORIGINAL]
-        return 0 if decoder.lower is None or not own else decoder.lower.station(own)
-
-    def send(group: _Scored) -> None:
-        for number, one in zip(group.numbers, group.scored, strict=True):
+    def done(number: int, one: Found) -> None:
+        found[number] = one
+        decoder.shrink(one.limit)
+        for place, scored in enumerate(one.scored, start=number * size):
             if on_scored is not None:
-                on_scored(max(0, number), one)
+                on_scored(place, scored)
 
-    found: list[Scored] = []
-    # several for each lane, so that they end at about the same time
-    wave = CANDIDATES["cpu"] if lanes > 1 else 1
-    for at in range(0, len(groups), wave):
-        longest_first = sorted(groups[at : at + wave], key=skipped)  # the lanes end together
-        scored = side_by_side(work, longest_first, report, send, lanes)
-        for group in sorted(scored, key=lambda group: group.numbers):  # whoever was faster
-            found += group.scored
-            decoder.shrink(group.limit)
-            decoder.learn(group.rows, group.answers, group.read)
-    return found
+    if lanes is None:
+        for number, share in enumerate(shares):
+            done(number, score_share(decoder, prompts, share, refusals, report))
+            learn(decoder, found[number])
+    else:
+        _beside(lanes, decoder, shares, report, done)
+    return [scored for number in sorted(found) for scored in found[number].scored]
 
 
-@dataclass(frozen=True)
-class _Scored:
-    """What scoring some edits gave, and what can be learned from it for others."""
-
-    numbers: list[int]
-    scored: list[Scored]
-    rows: list[Row]
-    answers: list[Answer]
-    read: list[list[int]]
-    limit: int | None
+def _together(decoder: Decoder, rows: int, edits: int, beside: bool) -> int:
+    """How many edits share their batches."""
+    if decoder.patch is not None and not decoder.patch.batches:
+        return 1  # weights that are rewritten in place hold one edit at a time
+    if decoder.mixes:
+        return 1  # scores would depend on what shares the batch
+    lanes = min(decoder.lanes, edits) if beside else 1
+    return max(1, min(decoder.batch_size // max(1, rows), -(-edits // max(1, lanes))))
 
 
-def _score(
+def _beside(
+    lanes: Lanes[Share, Found],
     decoder: Decoder,
-    prompts: RoleSet,
-    edits: Sequence[Edit],
-    group: list[int],
-    refusals: Refusals,
-    asked: Asked,
+    shares: Sequence[Share],
     report: Report,
-) -> _Scored:
+    done: Callable[[int, Found], None],
+) -> None:
+    """Score shares in lanes; done(place of the share, what was found)."""
+
+    def skipped(place: int) -> int:
+        """Blocks that its forwards leave out."""
+        return 0 if decoder.lower is None else decoder.lower.station(shares[place].edits)
+
+    order = sorted(range(len(shares)), key=skipped)  # the longest first: so the lanes end together
+    known: dict[int, list[screen.Objectives]] = {}
+
+    def share(number: int) -> Share:
+        """With what was finished in the meantime, where that screens."""
+        own = shares[order[number]]
+        if not own.asked.finished:
+            return own
+        more = [one for past in range(number - lanes.lag + 1) for one in known[past]]
+        return replace(own, asked=replace(own.asked, finished=[*own.asked.finished, *more]))
+
+    def finish(number: int, found: Found) -> None:
+        names = list(shares[0].asked.finished[0]) if shares[0].asked.finished else []
+        known[number] = [
+            one for each in found.scored if (one := screen.objectives(each, names)) is not None
+        ]
+        done(order[number], found)
+
+    lanes.run(len(shares), share, report, finish)
+
+
+def learn(decoder: Decoder, found: Found) -> None:
+    """Let later shares of this decoder be faster by what was found for one."""
+    decoder.shrink(found.limit)
+    decoder.learn(found.rows, found.answers, found.read)
+
+
+def score_share(
+    decoder: Decoder, prompts: RoleSet, share: Share, refusals: Refusals, report: Report
+) -> Found:
     """Score edits that share their batches: first what one forward gives, then the answers."""
     begun = time.monotonic()
-    reference = prompts.reference if asked.multi else prompts.first or prompts.reference
-    moved: Sequence[Divergence | None] = [None] * len(group)
-    if reference is not None:
-        chosen = [edits[number] for number in group if number != ORIGINAL]
-        moved = divergences(decoder, reference, chosen, report, "divergence")
+    edits, asked = share.edits, share.asked
+    decoder.batch_size = min(share.rows, decoder.limit or share.rows)
+    with decoder.keeping_beginnings():
+        reference = prompts.reference if asked.multi else prompts.first or prompts.reference
+        moved: Sequence[Divergence | None] = [None] * max(1, len(edits))
+        if reference is not None:
+            moved = divergences(decoder, reference, edits, report, "divergence")
 
-    values: list[dict[str, Value]] = []
-    for number in group:
-        edit = edits[number] if edits else None
-        values.append(
+        each_edit: Sequence[Edit | None] = edits or [None]
+        values: list[dict[str, Value]] = [
             measured(asked.names, decoder, prompts, asked.further, edit, asked.new, report)
-        )
+            for edit in each_edit
+        ]
+        each = len(prompts.harmful)
+        bounds: list[int | None] = [None] * len(moved)
+        for place, divergence in enumerate(moved if asked.finished else ()):
+            cheap = {name: value.value for name, value in values[place].items()}
+            if divergence is not None:
+                cheap |= {"kl_first": divergence.first, "kl_multi": divergence.multi}
+            bounds[place] = screen.bound(cheap, asked.finished, each)
+        race = screen.Race(bounds, each)
+        numbers = range(len(edits)) if edits else [ORIGINAL]
+        rows = [Row(ids, number) for number in numbers for ids in prompts.harmful]
+        answers = decoder.answers(
+            rows, edits, asked.new, report, "answers", refusals.decided if asked.early else None,
+            on_answer=lambda row, answer: race.count(row, refusals.is_refusal(answer.text)),
+            needless=race.lost if asked.finished else None,
+        )  # fmt: skip
 
-    each = len(prompts.harmful)
-    bounds: list[int | None] = [None] * len(group)
-    for place, divergence in enumerate(moved if asked.finished else ()):
-        cheap = {name: value.value for name, value in values[place].items()}
-        if divergence is not None:
-            cheap |= {"kl_first": divergence.first, "kl_multi": divergence.multi}
-        bounds[place] = screen.bound(cheap, asked.finished, each)
-    race = screen.Race(bounds, each)
-    rows = [Row(ids, number) for number in group for ids in prompts.harmful]
-    answers = decoder.answers(
-        rows, edits, asked.new, report, "answers", refusals.decided if asked.early else None,
-        on_answer=lambda row, answer: race.count(row, refusals.is_refusal(answer.text)),
-        needless=race.lost if asked.finished else None,
-    )  # fmt: skip
-
-    seconds = (time.monotonic() - begun) / len(group)
+    seconds = (time.monotonic() - begun) / len(moved)
     scored = []
     for place, divergence in enumerate(moved):
         mine = answers[place * each : (place + 1) * each]
@@ -179,7 +221,11 @@ def _score(
             one.scores.kl_multi = None
         scored.append(one)
     read = [] if reference is None or not edits else reference.inputs
-    return _Scored(group, scored, rows, answers, read, decoder.limit)
+    given = [place for place, answer in enumerate(answers) if answer is not NOTHING]
+    return Found(
+        scored, [rows[place] for place in given], [answers[place] for place in given], read,
+        decoder.limit,
+    )  # fmt: skip
 
 
 def count(

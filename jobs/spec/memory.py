@@ -32,8 +32,8 @@ KL_LOGITS = 1 << 28  # bytes of logits that it makes; more rows gain nothing
 KL_CHUNK = 1 << 24  # float32 logits held at once, in three tensors; half as many in float64
 KL_SHARE = 0.5  # of the free memory, for one such forward
 # Candidates in one request of a worker: on a GPU they share the reading of the weights, on a CPU
-# two lanes (`engine.lanes`) share them out. The sampler loses nothing by it (docs/search.md).
-CANDIDATES: dict[Kind, int] = {"cuda": 8, "cpu": 4}
+# the lanes (`engine.lanes`) share them out. The sampler loses nothing by it (docs/search.md).
+CANDIDATES = 8
 LANES: dict[Kind, int] = {"cuda": 1, "cpu": 2}  # batches that are worked on at once, at most
 STATIONS = 6  # blocks before which the original's states are kept, eighths of the depth
 LEAST_LOWER = 64 << 20  # bytes
@@ -95,9 +95,10 @@ def fitting(free: int, per_row: int, kind: Kind) -> int:
     return max(1, min(cap, int(free * share) // max(1, per_row)))
 
 
-def lower_bytes(weights: int) -> int:
-    """Bytes of host memory, at most, for the original's states of sequences that come again."""
-    return max(LEAST_LOWER, int(LOWER_SHARE * weights))
+def lower_bytes(weights: int, lanes: int = 1) -> int:
+    """Bytes of host memory, at most, for the original's states of sequences that come again: of
+    each of `lanes` processes, which have their own."""
+    return max(LEAST_LOWER, int(LOWER_SHARE * weights) // lanes)
 
 
 def basis_bytes(layers: int, d: int, n: int, matrices: int = 1) -> int:

@@ -17,7 +17,7 @@ from engine.batch import Batch
 from engine.decode import Decoder, Row
 from engine.drafts import FIRST, KEPT, Drafts, worthwhile
 from engine.edit import Edit, EditBuilder
-from engine.lanes import side_by_side
+from engine.lanes import Lanes
 from engine.lower import Lower
 from engine.patch import Patch
 from engine.preparation import Ready
@@ -85,10 +85,11 @@ class Case:
         return [answer.tokens for answer in found]
 
     def beside(self, edit: Edit, report: Report) -> list[list[int]]:
-        """The answers in a thread that shares the model with another one."""
-        own = self.decoder.beside(2)
+        """The answers in a process of its own."""
         rows = [Row(ids, 0) for ids in self.prompts]
-        return [answer.tokens for answer in own.answers(rows, [edit], NEW, report, "answers")]
+        with self.decoder.keeping_beginnings():
+            found = self.decoder.answers(rows, [edit], NEW, report, "answers")
+        return [answer.tokens for answer in found]
 
     def moved(self) -> list[Divergence]:
         """Of each edit, from references that are read anew."""
@@ -134,7 +135,9 @@ def compare(case: Case) -> None:
         for edit, answers in zip(case.edits, slow, strict=True):
             assert case.answers(edit) == answers
     if case.decoder.lanes > 1:  # side by side, as candidates on a CPU are
-        two = side_by_side(case.beside, case.edits[:2], Silent(), lambda found: None)
+        lanes = Lanes(2, case.beside)
+        two = lanes.run(2, case.edits.__getitem__, Silent(), lambda number, found: None)
+        lanes.close()
         assert two == slow[:2]
     for fast, plain in zip(case.moved(), moved, strict=True):
         assert fast.first == pytest.approx(plain.first, rel=1e-3, abs=1e-7)

@@ -63,13 +63,15 @@ def reload(sessions: Sessions, job: Job) -> Job:
 
 
 def fill(sessions: Sessions, claim: queue.Claim, count: int = 100) -> None:
-    """Score every slot that is free."""
+    """Score every slot that is free, at most `count`."""
     with sessions.begin() as session:
-        for slot in trials.reserve(session, claim.task, claim.token, count):
-            trials.begin(
-                session, claim.task, claim.token, slot.number, CANDIDATE, {}, "sampler", None
-            )
-            trials.complete(session, claim.task, claim.token, slot.number, scored())
+        while count and (slots := trials.reserve(session, claim.task, claim.token, count)):
+            for slot in slots:
+                trials.begin(
+                    session, claim.task, claim.token, slot.number, CANDIDATE, {}, "sampler", None
+                )
+                trials.complete(session, claim.task, claim.token, slot.number, scored())
+            count -= len(slots)
 
 
 @pytest.fixture

@@ -71,6 +71,24 @@ def test_workers_at_once_never_overshoot(
         }
 
 
+def test_the_last_slots_are_shared_among_those_who_search(
+    sessions: Sessions, owner: User, farm: Settings
+) -> None:
+    """So that they end together; who is gone gets none."""
+    first, second, third = leases(sessions, owner, farm, 3, trials=20)
+    with sessions.begin() as session:
+        lapse(session, third.task.id)
+
+    def numbers(claim: queue.Claim) -> list[int]:
+        with sessions.begin() as session:
+            slots = trials.reserve(session, claim.task, claim.token, 8)
+            return [slot.number for slot in slots]
+
+    assert [len(numbers(claim)) for claim in (first, second)] == [8, 6]
+    assert [len(numbers(claim)) for claim in (first, second)] == [3, 2]
+    assert [numbers(claim) for claim in (first, second)] == [[19], []]
+
+
 def test_orphans_come_first_with_their_candidate(
     sessions: Sessions, owner: User, farm: Settings
 ) -> None:
