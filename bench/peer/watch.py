@@ -17,8 +17,7 @@ from pathlib import Path
 
 import psutil
 
-TICK = 0.1  # seconds between two looks at the processor time
-MEMORY = 1.0  # seconds between two looks at the memory, which take a while
+TICK = 1.0  # seconds between two looks at the memory and the processor time: they take a while
 SILENCE = 1200.0  # seconds without a word after which a program counts as hung
 ROWS, COLUMNS = 50, 200  # of the terminal
 
@@ -70,9 +69,9 @@ def watch(
                 tail, heard = (tail + piece)[-8000:], now()
             elif now() - heard > SILENCE:
                 raise RuntimeError(f"{command[0]} said nothing for {SILENCE:.0f} s:\n{tail}")
-            cpu.append((now(), _cpu(process)))
-            if now() - looked >= MEMORY or until in tail:
+            if now() - looked >= TICK or until in tail:
                 memory, gpu = max(memory, _memory(process)), max(gpu, gpu_used() - before)
+                cpu.append((now(), _cpu(process)))
                 looked = now()
     finally:
         _end(process)
