@@ -18,7 +18,7 @@ import traceback
 import warnings
 import weakref
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -83,43 +83,35 @@ class Lanes(Generic[Item, Found]):
         done(number, found)   called in the order in which they end
         The first error is raised; it and a stop end all lanes, whatever they are at.
         """
-        try:
-            return self._run(count, item, report, done)
-        except BaseException:
-            self.close()
-            raise
-
-    def _run(
-        self,
-        count: int,
-        item: Callable[[int], Item],
-        report: Report,
-        done: Callable[[int, Found], None],
-    ) -> list[Found]:
-        threads = max(1, torch.get_num_threads() // max(1, min(count, len(self._lanes))))
-        idle, busy = list(self._lanes), dict[Any, _Lane]()
-        found: dict[int, Found] = {}
-        begun = taught = 0
-        shown = _Shown(report)
-        while len(found) < count:
-            while idle and begun < count and all(n in found for n in range(begun - self.lag + 1)):
-                taught = self._teach(found, taught, begun - self.lag + 1)
-                lane = idle.pop(0)
-                lane.send("work", (begun, item(begun), threads))
-                busy[lane.pipe] = lane
-                begun += 1
-            for ready in wait(list(busy), POLL):
-                kind, number, what = busy[ready].receive()
-                if kind == "found":
-                    found[number] = what
-                    idle.append(busy.pop(ready))
-                    done(number, what)
-                elif kind == "failed":
-                    raise what
-                else:
-                    shown.take(kind, number, what)
-            shown.again()  # which tells of a stop
-        self._teach(found, taught, count)
+        with ExitStack() as failing:
+            failing.callback(self.close)
+            threads = max(1, torch.get_num_threads() // max(1, min(count, len(self._lanes))))
+            idle, busy = list(self._lanes), dict[Any, _Lane]()
+            found: dict[int, Found] = {}
+            begun = taught = 0
+            shown = _Shown(report)
+            while len(found) < count:
+                while (
+                    idle and begun < count and all(n in found for n in range(begun - self.lag + 1))
+                ):
+                    taught = self._teach(found, taught, begun - self.lag + 1)
+                    lane = idle.pop(0)
+                    lane.send("work", (begun, item(begun), threads))
+                    busy[lane.pipe] = lane
+                    begun += 1
+                for ready in wait(list(busy), POLL):
+                    kind, number, what = busy[ready].receive()
+                    if kind == "found":
+                        found[number] = what
+                        idle.append(busy.pop(ready))
+                        done(number, what)
+                    elif kind == "failed":
+                        raise what
+                    else:
+                        shown.take(kind, number, what)
+                shown.again()  # which tells of a stop
+            self._teach(found, taught, count)
+            failing.pop_all()
         return [found[number] for number in range(count)]
 
     def _teach(self, found: dict[int, Found], taught: int, until: int) -> int:
