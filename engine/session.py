@@ -98,6 +98,7 @@ class Session:
             report.log("this model is prepared already")
             return self._ready.prepared
         if self._ready is not None:
+            self.close_lanes()  # which have copies of this model
             self._ready.close()
             self._ready = None  # the memory goes to the next model
             release()

@@ -276,6 +276,16 @@ def test_two_fresh_sessions_give_the_same_bits(tiny_folder: Path) -> None:
     assert runs[0] == runs[1]
 
 
+def test_lanes_do_not_outlive_their_model(tiny_folder: Path, others: set[psutil.Process]) -> None:
+    """Also where another one is prepared without `handle`."""
+    session, request = Session(), prepare_request(tiny_folder)
+    session.prepare(request, Silent())
+    scored(session, CANDIDATES[:2], 2)
+    assert set(psutil.Process().children()) > others
+    session.prepare(request.model_copy(update={"seed": 1}), Silent())
+    assert set(psutil.Process().children()) == others
+
+
 def test_memory_that_runs_out_in_a_lane_makes_all_batches_smaller(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
