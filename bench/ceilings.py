@@ -8,9 +8,9 @@
    model's own layers, with the threads that a trial has on one product, or one product in each of
    as many threads; bytes/s of copying and of reading a tensor far larger than the caches. Measured
    before and after the trials; the best counts.
-2. Trials: a search asks for eight candidates at once, as a worker does, and the engine scores
-   them. The first `--warm` trials build up drafts and kept states. Of the others operations, bytes
-   and seconds, by phase and of the whole trial, as shares of the ceilings.
+2. Trials: a search asks for candidates as a worker does, and the engine scores them. The first
+   `--warm` trials build up drafts and kept states. Of the others operations, bytes and seconds, by
+   phase and of the whole trial, as shares of the ceilings.
 
 A share by the clock says what the machine did, and needs a quiet machine (`--quiet` refuses
 another). A share by processor seconds (one thread's FLOP in a second that it ran, against the same
@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import optuna
 import torch
 from torch import nn
 
@@ -36,12 +37,12 @@ from bench.inflate.shapes import SHAPES
 from bench.inflate.write import inflate
 from bench.peaks import Ceilings, measure
 from bench.search import prepare, study_of, texts
+from bench.stream import stream
 from demo import MODEL
-from engine.report import Silent
 from engine.session import Session
 from jobs.spec.candidate import Candidate
 from jobs.spec.memory import CANDIDATES
-from jobs.spec.protocol import PromptTexts, Score, ScoredBatch
+from jobs.spec.protocol import PromptTexts, Scored
 from worker.space import candidate_from, space
 
 DEFAULT = {"cpu": ["demo", "0.5B"], "cuda": ["1.7B", "8B"]}
@@ -54,24 +55,25 @@ TOP = 10
 
 
 class Search:
-    """A search that goes on: each call asks for `together` candidates and has them scored."""
+    """A search that goes on: each call has some candidates scored."""
 
-    def __init__(self, session: Session, trials: int, seed: int, together: int) -> None:
+    def __init__(self, session: Session, trials: int, seed: int) -> None:
         self._session, self._study = session, study_of(trials, seed)
-        self._layers, self._together = session.ready.anatomy.layers, together
+        self._layers = session.ready.anatomy.layers
 
-    def go_on(self) -> None:
-        """One request."""
-        table = space(self._layers, "mpoa")
-        asked = [self._study.ask(table) for _ in range(self._together)]
-        candidates: list[Candidate] = [
-            candidate_from(trial.params, self._layers, "mpoa") for trial in asked
-        ]
-        found = self._session.handle(Score(candidates=candidates), Silent())
-        assert isinstance(found, ScoredBatch)
-        for trial, scored in zip(asked, found.scored, strict=True):
+    def go_on(self, trials: int) -> None:
+        """So many trials."""
+        asked: list[optuna.Trial] = []
+
+        def ask(number: int) -> tuple[Candidate, list[dict[str, float]]]:
+            asked.append(self._study.ask(space(self._layers, "mpoa")))
+            return candidate_from(asked[-1].params, self._layers, "mpoa"), []
+
+        def tell(number: int, scored: Scored) -> None:
             scores = scored.scores
-            self._study.tell(trial, [float(scores.refusals), float(scores.kl_first or 0)])
+            self._study.tell(asked[number], [float(scores.refusals), float(scores.kl_first or 0)])
+
+        stream(self._session, trials, ask, tell)
 
 
 def main() -> None:
@@ -127,24 +129,21 @@ def _report(
     prepare(
         session, path=str(folder), dtype=dtype, device=device, prompts=few(texts(), given.prompts)
     )
-    search = Search(session, given.warm + given.trials, given.seed, CANDIDATES)
+    search = Search(session, given.warm + given.trials, given.seed)
     loaded = session.ready.loaded
     sizes = sorted({_size(layer) for layer in linear_layers(loaded.model)})
-    requests = max(1, given.trials // CANDIDATES)
     with Counter(loaded.model, loaded.device) as counter:
-        for _ in range(0, given.warm, CANDIDATES):
-            search.go_on()
+        search.go_on(given.warm)
         ceilings = measure(loaded.device, loaded.dtype, given.threads, sizes)
         counter.restart()
-        for _ in range(requests):
-            search.go_on()
+        search.go_on(given.trials)
     ceilings = ceilings.best(measure(loaded.device, loaded.dtype, given.threads, sizes))
     print("\n".join(ceilings.table()))
     print(f"\n| {' | '.join(HEAD)} |\n{'|---' * len(HEAD)}|")
     written = str(loaded.dtype).removeprefix("torch.")
     for phase, work in (*counter.phases.items(), ("whole trial", counter.total)):
         if work.wall > 0:
-            cells = [name, written, phase, *cells_of(work, ceilings, requests * CANDIDATES)]
+            cells = [name, written, phase, *cells_of(work, ceilings, given.trials)]
             print(f"| {' | '.join(cells)} |")
     print(flush=True)
     if given.profile:
@@ -179,7 +178,7 @@ def profile(search: Search, device: torch.device) -> list[str]:
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     torch.set_num_threads(1)  # no lanes: the profiler sees this process alone
     with torch.profiler.profile(activities=kinds) as seen:
-        search.go_on()
+        search.go_on(CANDIDATES)
     field = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     times = {event.key: (getattr(event, field), event.count) for event in seen.key_averages()}
     whole = sum(time for time, _ in times.values())

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import traceback
+from functools import partial
 from typing import TYPE_CHECKING
 
 from engine.channel import Channel, ChannelReport
@@ -59,7 +60,8 @@ def answer(session: Session, channel: Channel, envelope: Envelope) -> Result | E
 
     report = ChannelReport(channel, envelope.id)
     try:
-        value = session.handle(envelope.request, report)
+        added = partial(channel.added, envelope.id)
+        value = session.handle(envelope.request, report, added)
         return Result(id=envelope.id, value=value.model_dump(mode="json"))
     except EngineError as error:
         return Error(

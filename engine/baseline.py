@@ -117,5 +117,5 @@ def _with_harmless(
     first: Reference | None = None
     if role == "search" and request.purpose == "abliterate":  # what each candidate is compared with
         first = reread(decoder, harmless, [1] * len(harmless), report)
-        decoder.learn([], [], harmless)
+        decoder.learn([], [], harmless * 2)  # they come again with every candidate
     return RoleSet(role, harmful, reference, harmless, lengths, first)

@@ -30,9 +30,9 @@ class Batch:
     batch.keep([1])                 # the other rows leave
     batch.tokens                    # of the rows that are left
 
-    Between two calls the cache holds all tokens but each row's newest, in the last columns. Where
-    forwards begin at a station it holds nothing of the blocks below: then each is a `verify` with
-    the states there.
+    Between two calls the cache holds all tokens but each row's newest, and perhaps columns of
+    rejected drafts under a mask. Where forwards begin at a station it holds nothing of the blocks
+    below: then each is a `verify` with the states there.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Batch:
         self.tokens = list(tokens)
         self._station = station
         self._skipped: list[Any] = []
+        self._gaps = False  # columns of rejected drafts
         self._shared = 0  # tokens at the front of all rows that are in the cache already
         self._prompts = list(map(len, prompts))
 
@@ -123,8 +124,7 @@ class Batch:
         newest = [row[count] for row, count in zip(chosen, right, strict=True)]
         self._newest = torch.tensor(newest, device=ids.device)
         self._mask = torch.cat([before, self._first(right, longest)], dim=1)
-        if min(right) < longest:
-            self._close_gaps()
+        self._gaps = min(right) < longest
 
     def keep(self, places: list[int]) -> None:
         """Keep only the rows at `places`, in this order."""
@@ -145,6 +145,8 @@ class Batch:
         tokens), whose columns are added to the mask."""
         if self._newest is None:
             return self._ids
+        if self._gaps:  # now, when those who are done have left
+            self._close_gaps()
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(self._mask), 1)], dim=1)
         if self._cache is None:
             self._ids = torch.cat([self._ids, self._newest[:, None]], dim=1)
@@ -203,6 +205,7 @@ class Batch:
 
     def _close_gaps(self) -> None:
         """Take the columns of rejected drafts out of the cache: each row's own to its left."""
+        self._gaps = False
         width = int(self._mask.sum(1).max())
         order = self._mask.argsort(dim=1, stable=True)[:, -width:]
         self._mask = self._mask.gather(1, order)

@@ -1,6 +1,7 @@
 """The engine's end of the protocol: JSON lines in from one descriptor, out to another.
 
-A thread reads, so that end of file and `stop` are seen while a request is being computed. Both
+A thread reads, so that end of file, `stop` and what is added to a request (`more`) are seen while
+it is being computed. The first two
 make every further `Report` call raise `EngineError("stopped")`; a computation that never reports
 is ended by `os._exit` after a grace period: a dead supervisor must not leave a GPU occupied.
 """
@@ -17,7 +18,7 @@ from collections.abc import Iterator
 from pydantic import ValidationError
 
 from engine.errors import EngineError
-from jobs.spec.protocol import Envelope, Error, Log, Partial, Progress, Result, Scored, Stop
+from jobs.spec.protocol import Envelope, Error, Log, More, Partial, Progress, Result, Scored, Stop
 
 EOF_GRACE = 3.0  # seconds from end of file to the hard exit
 STOP_GRACE = 30.0  # seconds from a `stop` request to the hard exit
@@ -41,6 +42,7 @@ class Channel:
         for descriptor in (read, write):  # a child of the engine must not keep the pipes open
             os.set_inheritable(descriptor, False)
         self._queue: queue.Queue[Envelope | None] = queue.Queue()
+        self._added: queue.SimpleQueue[More] = queue.SimpleQueue()
         self._sending = threading.Lock()
         self.stopping = threading.Event()
 
@@ -52,6 +54,12 @@ class Channel:
         """The requests in order of arrival, until end of file."""
         while (envelope := self._queue.get()) is not None:
             yield envelope
+
+    def added(self, id: int) -> list[More]:
+        """What was added to the request `id` since the last call; what came too late for the
+        request that it names is dropped."""
+        found = [self._added.get() for _ in range(self._added.qsize())]
+        return [more for more in found if more.of == id]
 
     def send(self, answer: Progress | Log | Partial | Result | Error) -> None:
         """One message. A closed pipe counts as a stop and raises `EngineError("stopped")`."""
@@ -92,7 +100,10 @@ class Channel:
             return
         if isinstance(envelope.request, Stop):
             self._stop_within(self._stop_grace)
-        self._queue.put(envelope)
+        if isinstance(envelope.request, More):
+            self._added.put(envelope.request)
+        else:
+            self._queue.put(envelope)
 
     def _refuse(self, line: bytes, error: ValidationError) -> None:
         first = error.errors(include_url=False, include_input=False)[0]

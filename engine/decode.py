@@ -15,7 +15,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.choice import Choice, end_tokens
 from engine.drafts import Drafts
@@ -44,7 +44,7 @@ __all__ = ["NOTHING", "ORIGINAL", "Answer", "Decoder", "Row"]
 
 REPLACEMENT = "\ufffd"  # what a tokenizer writes for bytes that are no character
 LONGEST_CHARACTER = 4  # bytes of UTF-8
-OVERHEAD = {"cpu": 32, "cuda": 512}  # cost of one forward beside its tokens, in tokens
+OVERHEAD = {"cpu": 64, "cuda": 512}  # cost of one forward beside its tokens, in tokens
 
 
 class Decoder:
@@ -63,6 +63,7 @@ class Decoder:
     shares    whether what prompts share may be read once, and the rest apart (`engine.shared`)
     drafts    earlier answers, of which new ones are made faster; None where the model bears none
     lower     what the original computes below an edit, kept; None where the model does not bear it
+    ending    the last block's feed-forward, where it may read the head's tokens alone
     sharing   decoders that score side by side, which share the free memory
     cached_layers   layers of the cache that the model fills, as far as is known
     begun     what the last batch began with, kept for the next one; None where nothing is kept
@@ -85,6 +86,7 @@ class Decoder:
         self.mixes = bool(getattr(model, "is_loaded_in_8bit", False))
         self.drafts: Drafts | None = None
         self.lower: Lower | None = None
+        self.ending: nn.Module | None = None
         self.sharing = 1
         self.begun: list[Beginning] | None = None
         self.cached_layers = 0

@@ -29,11 +29,12 @@ import torch
 
 from engine.errors import EngineError
 from engine.report import Report
-from jobs.spec.memory import LANES
+from jobs.spec.memory import AHEAD, LANES
 from jobs.spec.protocol import Scored
 
 MOST = LANES["cpu"] if sys.platform == "linux" else 1  # elsewhere libraries do not bear a fork
 POLL = 0.2  # seconds after which a stop is seen at the latest, and between a lane's reports
+SOON = 0.01  # seconds after which a lane without work looks whether some has come
 KEPT = 3  # descriptors that a lane keeps: standard input, output and error
 
 Item = TypeVar("Item")
@@ -44,14 +45,14 @@ class Lanes(Generic[Item, Found]):
     """Processes that do `work`, as many at once as there are.
 
     lanes = Lanes(2, work, learn)
-    found = lanes.run(len(items), items.__getitem__, report, done)
+    lanes.run(following, report, done)
     lanes.close()
 
     work(item, report)  runs in a lane, a copy of this process as it was when `Lanes` was made: what
                         it changes stays there. It reports through this process.
     learn(found)        runs in every lane, for whatever any of them found
-    lag                 items of a run after which what one of them taught is known: enough that no
-                        lane waits, and the same whoever is faster
+    lag                 items after which what one of them taught is known, at most: enough that no
+                        lane waits, and the same whoever is faster (see `known`)
     Items and what is found go through pipes: they must be picklable.
     """
 
@@ -62,7 +63,9 @@ class Lanes(Generic[Item, Found]):
         learn: Callable[[Found], None] = lambda found: None,
     ) -> None:
         self._lanes = [_fork(work, learn) for _ in range(count)]
-        self.lag = 2 * count
+        self.lag = AHEAD * count
+        self._found: dict[int, Found] = {}  # that has not been taught
+        self._begun = self._taught = 0  # items, of all runs
         self.close = weakref.finalize(self, _end, self._lanes, os.getpid())
 
     @property
@@ -70,56 +73,65 @@ class Lanes(Generic[Item, Found]):
         """Whether there is anybody to work: not after an error, nor after `close`."""
         return self.close.alive
 
+    def known(self, number: int) -> int:
+        """How many items, the first ones, item `number` is taught, numbered through all runs, so
+        that it does not matter where one ends: for the first `lag` items, which teach most, all but
+        those that other lanes are at; later so many that it needs no wait."""
+        early = min(number, self.lag) - len(self._lanes) + 1
+        return max(0, early, number - self.lag + 1)
+
     def run(
         self,
-        count: int,
-        item: Callable[[int], Item],
+        following: Callable[[], Item | None],
         report: Report,
         done: Callable[[int, Found], None],
-    ) -> list[Found]:
-        """What `work` finds for each of `count` items; the lanes share torch's threads out.
+    ) -> None:
+        """Work on items until there is none and no lane is at one; they share torch's threads.
 
-        item(number)          called when its turn comes: up to the one `lag` before it all are done
-        done(number, found)   called in the order in which they end
+        following()           the next item, None where there is none as yet. Called when its turn
+                              has come: all that it is taught are done
+        done(number, found)   called in the order in which they end; numbered as they came here
         The first error is raised; it and a stop end all lanes, whatever they are at.
         """
         with ExitStack() as failing:
             failing.callback(self.close)
-            threads = max(1, torch.get_num_threads() // max(1, min(count, len(self._lanes))))
+            threads = max(1, torch.get_num_threads() // len(self._lanes))
             idle, busy = list(self._lanes), dict[Any, _Lane]()
-            found: dict[int, Found] = {}
-            begun = taught = 0
-            shown = _Shown(report)
-            while len(found) < count:
-                while (
-                    idle and begun < count and all(n in found for n in range(begun - self.lag + 1))
-                ):
-                    taught = self._teach(found, taught, begun - self.lag + 1)
+            shown, first = _Shown(report), self._begun
+            while True:
+                while idle:
+                    known = range(self._taught, self.known(self._begun))
+                    item = following() if all(number in self._found for number in known) else None
+                    if item is None:
+                        break
+                    self._teach(known)
                     lane = idle.pop(0)
-                    lane.send("work", (begun, item(begun), threads))
+                    lane.send("work", (self._begun, item, threads))
                     busy[lane.pipe] = lane
-                    begun += 1
-                for ready in wait(list(busy), POLL):
+                    self._begun += 1
+                if not busy:
+                    break
+                for ready in wait(list(busy), SOON if idle else POLL):
                     kind, number, what = busy[ready].receive()
                     if kind == "found":
-                        found[number] = what
+                        self._found[number] = what
                         idle.append(busy.pop(ready))
-                        done(number, what)
+                        shown.forget(number)
+                        done(number - first, what)
                     elif kind == "failed":
                         raise what
                     else:
                         shown.take(kind, number, what)
                 shown.again()  # which tells of a stop
-            self._teach(found, taught, count)
             failing.pop_all()
-        return [found[number] for number in range(count)]
 
-    def _teach(self, found: dict[int, Found], taught: int, until: int) -> int:
-        """Let every lane learn what was found up to item `until`."""
-        for number in range(taught, until):
+    def _teach(self, numbers: range) -> None:
+        """Let every lane learn what was found for these items, the next ones."""
+        for number in numbers:
+            found = self._found.pop(number)
             for lane in self._lanes:
-                lane.send("learn", found[number])
-        return max(taught, until)
+                lane.send("learn", found)
+            self._taught = number + 1
 
 
 @dataclass(frozen=True)
@@ -167,7 +179,7 @@ def _end(lanes: list[_Lane], owner: int) -> None:
 
 
 class _Shown:
-    """One report for several lanes: their counts added up."""
+    """One report for several lanes: the counts of what they are at, added up."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -185,8 +197,12 @@ class _Shown:
         else:
             self._report.partial(*what)
 
+    def forget(self, place: int) -> None:
+        """The item at `place` is done."""
+        self._counts.pop(place, None)
+
     def again(self, text: str = "") -> None:
-        """What all lanes have done of what was in their hands."""
+        """How far all lanes are."""
         if self._counts:
             done, total = (sum(each) for each in zip(*self._counts.values(), strict=True))
             self._report.progress(self._phase, done, total, text)

@@ -123,6 +123,7 @@ class _Hooked:
     def __init__(self, module: nn.Module, bias: Tensor | None) -> None:
         self.bias = bias
         self.selected: _Selected | None = None
+        self._last: tuple[Term, _Selected] | None = None  # of all rows alike
         self.handles: list[Any] = [
             module.register_forward_pre_hook(self.before),
             module.register_forward_hook(self.after),
@@ -130,8 +131,13 @@ class _Hooked:
 
     def select(self, edits: Sequence[Term | None], rows: Tensor | None, like: Tensor) -> None:
         """Use these edits; see `_Selected`."""
+        if rows is None and self._last is not None and self._last[0] is edits[0]:
+            self.selected = self._last[1]  # a candidate is selected several times
+            return
         some = any(edit is not None for edit in edits)
         self.selected = _Selected(edits, rows, like, self.bias) if some else None
+        if rows is None and self.selected is not None and edits[0] is not None:
+            self._last = edits[0], self.selected
 
     def before(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
         """What the module gets."""

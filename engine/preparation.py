@@ -174,6 +174,7 @@ def prepare(request: Prepare, report: Report) -> Ready:
         weight_bytes=loaded.weight_bytes,
         source_bytes=loaded.source_bytes,
         batch_size=batch_size,
+        lanes=decoder.lanes,
         response_prefix=formatter.prefix,
         geometry=None if editing is None else editing.geometry,
         baseline={role: scored.scores for role, scored in found.scored.items()},

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from engine import export
 from engine.compare import compare
 from engine.decode import ORIGINAL, Row
+from engine.edit import Edit
 from engine.errors import EngineError
 from engine.heap import return_blocks, reuse_blocks
 from engine.lanes import Lanes
@@ -28,6 +31,7 @@ from jobs.spec.protocol import (
     Export,
     Exported,
     ExportedFile,
+    More,
     Prepare,
     Prepared,
     Request,
@@ -41,6 +45,11 @@ from jobs.spec.protocol import (
     Stop,
 )
 from jobs.spec.scores import Role, Scores
+
+
+def nothing() -> list[More]:
+    """No candidates are added."""
+    return []
 
 
 class Session:
@@ -57,9 +66,10 @@ class Session:
         self._lanes: Lanes[Share, Found] | None = None
 
     def handle(
-        self, request: Request, report: Report
+        self, request: Request, report: Report, added: Callable[[], list[More]] = nothing
     ) -> Prepared | ScoredBatch | Selected | Compared | Benchmarked | Responses | Exported:
-        """The result of one request. Raises EngineError."""
+        """The result of one request, to which candidates are added if it scores some. Raises
+        EngineError."""
         if isinstance(request, Score):
             reuse_blocks()
         else:
@@ -69,13 +79,15 @@ class Session:
             case Prepare():
                 return self.prepare(request, report)
             case Score():
-                return self.score(request, report)
+                return self.score(request, report, added)
             case Respond():
                 return self.respond(request, report)
             case Export():
                 return self.export(request, report)
             case Stop():
                 raise EngineError("stopped", "the session ends")
+            case More():
+                raise EngineError("bad_request", f"of: no request {request.of} runs")
             case Compare():
                 return self.compare(request, report)
             case Benchmark():
@@ -105,8 +117,11 @@ class Session:
         self._ready = prepare(request, report)
         return self._ready.prepared
 
-    def score(self, request: Score, report: Report) -> ScoredBatch:
-        """Score candidates; each is sent as a partial as soon as it is known."""
+    def score(
+        self, request: Score, report: Report, added: Callable[[], list[More]] = nothing
+    ) -> ScoredBatch:
+        """Score candidates, and those that are added before the last of them is scored; each is
+        sent as a partial as soon as it is known."""
         ready = self.ready
         role = ready.roles.get(request.role)
         if role is None:
@@ -118,23 +133,35 @@ class Session:
         new = request.max_new_tokens or ready.request.max_new_tokens
         longest = max(role.harmful, key=len)
         check_length("the longest prompt", longest, new, context_of(ready.loaded.model))
-        edits = [ready.builder.build(candidate, report) for candidate in request.candidates]
+        edits = self._edits(request, report)
         if not edits:
             return ScoredBatch(scored=[])
+        own: dict[int, Scored] = {}
 
         def send(index: int, scored: Scored) -> None:
             report.partial(index, scored=scored)
+            if index < len(edits):
+                own[index] = scored
+
+        def more() -> list[tuple[Sequence[Edit], Asked]]:
+            return [
+                (self._edits(one, report), replace(asked, finished=one.finished)) for one in added()
+            ]
 
         ready.decoder.reserve(len(longest), new)
         asked = Asked(
             new, not request.whole, request.kl_multi, request.scorers, ready.baseline.further,
             request.finished,
         )  # fmt: skip
-        scored = score(
+        score(
             ready.decoder, role, edits, ready.refusals, asked, report, send,
-            self._beside() if len(edits) > 1 else None,
+            self._beside() if len(edits) > 1 or self._lanes is not None else None, more,
         )  # fmt: skip
-        return ScoredBatch(scored=scored)
+        return ScoredBatch(scored=[own[index] for index in range(len(edits))])
+
+    def _edits(self, request: Score | More, report: Report) -> list[Edit]:
+        """What its candidates do to the model."""
+        return [self.ready.builder.build(candidate, report) for candidate in request.candidates]
 
     def _beside(self) -> Lanes[Share, Found] | None:
         """Processes that score side by side, until something else is asked for; None where the

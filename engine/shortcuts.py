@@ -1,4 +1,4 @@
-"""Five shortcuts of decoding that some architectures do not bear: tried before all else.
+"""Six shortcuts of decoding that some architectures do not bear: tried before all else.
 
 padding   rows of different lengths share a batch, filled up on the left under a mask. Recurrent
           models without a mask (RWKV, xLSTM) read the padding, as does DeepSeek V4's compression.
@@ -10,6 +10,7 @@ shares    what all prompts begin with is read once, and prompts of unlike length
           stands between tokens of a row.
 lower     forwards begin behind the blocks that an edit leaves as they were: only where each block
           runs once and passes one stream to the next.
+ending    the last block's feed-forward reads only the tokens whose logits are wanted.
 
 All would give wrong answers in silence, so each is compared with slow twins.
 """
@@ -20,13 +21,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
 from engine.anatomy import Anatomy
 from engine.batch import Batch
 from engine.decode import ORIGINAL, Decoder
 from engine.drafts import Drafts
+from engine.ending import feed_forward, only_last
 from engine.lower import Lower, padded
 from engine.memory import is_out_of_memory
 from engine.shared import begin, editable_cache, read_apart, rest
@@ -135,6 +137,24 @@ def choose_lower(decoder: Decoder, anatomy: Anatomy, weight_bytes: int, ids: Seq
             raise
         return
     decoder.lower = lower
+    decoder.ending = _ending(decoder, anatomy, rows, truth)
+
+
+def _ending(
+    decoder: Decoder, anatomy: Anatomy, rows: list[list[int]], truth: Tensor
+) -> nn.Module | None:
+    """The last block's feed-forward where the head's tokens alone give the same logits."""
+    module = feed_forward(anatomy)
+    if module is None:
+        return None
+    try:
+        with only_last(module, FEWEST // 2):
+            same = _alike(decoder, _last_logits(decoder, rows), truth)
+    except Exception as error:  # what a module says to fewer tokens, we cannot list
+        if is_out_of_memory(error):
+            raise
+        return None
+    return module if same else None
 
 
 def _rows(ids: Sequence[int]) -> list[list[int]]:

@@ -10,7 +10,7 @@ each shows a front of its own.
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session, load_only
@@ -37,10 +37,20 @@ def applies(spec: JobSpec, origin: str) -> bool:
 
 
 def finished(
-    session: Session, job_id: uuid.UUID, method: str, objectives: Sequence[ScorerName]
-) -> list[dict[ScorerName, float]]:
-    """The front of a method as `protocol.Score` has it: objectives by name, refusals as a rate."""
-    front = front_of(session.scalars(_decoded(job_id, method)), objectives)
+    session: Session,
+    job_id: uuid.UUID,
+    method: str,
+    objectives: Sequence[ScorerName],
+    without: Collection[int] = (),
+) -> list[dict[str, float]]:
+    """The front of a method as `protocol.Score` has it: objectives by name, refusals as a rate.
+
+    `without`: numbers of trials that do not count as yet.
+    """
+    decoded = [
+        row for row in session.scalars(_decoded(job_id, method)) if row.number not in without
+    ]
+    front = front_of(decoded, objectives)
     return [{name: _value(row, name) for name in objectives} for row in front]
 
 

@@ -53,13 +53,13 @@ def reserve(session: Session, task: Task, token: int, count: int) -> list[Slot]:
     """
     held = queue.fence(session, task.id, token)
     job = session.get_one(Job, held.job_id)
-    rows = list(
-        session.scalars(
-            select(Trial)
-            .where(Trial.job_id == job.id)
-            .order_by(Trial.number)
-            .execution_options(populate_existing=True)
-        )
+    begun = (Trial.job_id == job.id, Trial.number < job.trials)
+    taken = set(session.scalars(select(Trial.number).where(*begun)))
+    open_rows = session.scalars(
+        select(Trial)
+        .where(*begun, Trial.state != "complete")
+        .order_by(Trial.number)
+        .execution_options(populate_existing=True)
     )
     live = dict(
         session.execute(
@@ -70,21 +70,16 @@ def reserve(session: Session, task: Task, token: int, count: int) -> list[Slot]:
             )
         ).all()
     )
-    orphans = [
-        row
-        for row in rows
-        if row.number < job.trials
-        and (row.state == "failed" or (row.state == "running" and row.lease_token not in live))
-    ]
-    fresh = sorted(set(range(job.trials)) - {row.number for row in rows})
+    orphans = [row for row in open_rows if row.state == "failed" or row.lease_token not in live]
+    fresh = sorted(set(range(job.trials)) - taken)
     searchers = max(1, list(live.values()).count(held.kind))
     count = min(count, -(-(len(orphans) + len(fresh)) // searchers))
     slots: list[Slot] = []
     for row in orphans[:count]:
         row.state, row.lease_token = "running", token
-        begun = parse(row.candidate) if row.candidate else None
+        known = parse(row.candidate) if row.candidate else None
         method = cast(MethodName, row.method)
-        slots.append(Slot(row.number, method, begun, row.params if begun else None))
+        slots.append(Slot(row.number, method, known, row.params if known else None))
     methods = JobSpec.model_validate(job.spec).methods
     for number in fresh[: count - len(slots)]:
         method, _ = turn(methods, number)

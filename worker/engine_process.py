@@ -23,10 +23,12 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from jobs.spec.candidate import Candidate
 from jobs.spec.protocol import (
     Envelope,
     Error,
     Log,
+    More,
     Partial,
     Progress,
     Request,
@@ -98,7 +100,7 @@ class EngineProcess:
             os.close(answers_write)
         self._pending = b""
         self._outgoing = memoryview(b"")
-        self._next = 0
+        self._next = self._asked = 0
         self._ended = threading.Lock()
         self._struck = False
         self.alive = True
@@ -123,7 +125,7 @@ class EngineProcess:
         called a few times a second; what it raises ends the iteration, and the engine, which is in
         the middle of something then, must be stopped.
         """
-        number = self._send(request)
+        number = self._asked = self._send(request)
         for answer in self._listen(check, deadline=None):
             if isinstance(answer, Log):
                 self._note(answer)
@@ -135,6 +137,10 @@ class EngineProcess:
             if isinstance(answer, Result):
                 return
         raise self._death()
+
+    def add(self, candidates: Sequence[Candidate], finished: list[dict[str, float]]) -> None:
+        """Candidates for the `score` that runs; see `protocol.More`."""
+        self._send(More(of=self._asked, candidates=list(candidates), finished=finished))
 
     def stop(self, seconds: float) -> Iterator[Partial]:
         """End the engine: `Stop`, then SIGKILL to its group after `seconds`.
@@ -194,15 +200,20 @@ class EngineProcess:
     def _listen(
         self, check: Callable[[], None], deadline: float | None
     ) -> Iterator[Progress | Log | Partial | Result | Error]:
-        """Answers until end of file or `deadline`; the outgoing line is written meanwhile."""
+        """Answers until end of file or `deadline`; what is to be sent is written meanwhile."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._answers, selectors.EVENT_READ)
-            selector.register(self._requests, selectors.EVENT_WRITE)
+            writing = False
             while deadline is None or time.monotonic() < deadline:
+                if self._outgoing and not writing:
+                    selector.register(self._requests, selectors.EVENT_WRITE)
+                    writing = True
                 for key, _ in selector.select(TICK):
                     if key.fd == self._requests:
-                        if not self._write_some():
+                        self._write_some()
+                        if not self._outgoing:
                             selector.unregister(self._requests)
+                            writing = False
                     else:
                         chunk = _read_some(self._answers)
                         if chunk == b"":
@@ -210,15 +221,14 @@ class EngineProcess:
                         yield from self._parse(chunk or b"")
                 check()
 
-    def _write_some(self) -> bool:
-        """Write a piece of the request; False when there is nothing left to write."""
+    def _write_some(self) -> None:
+        """Write a piece of what is to be sent."""
         try:
             self._outgoing = self._outgoing[os.write(self._requests, self._outgoing) :]
         except BlockingIOError:
-            return True
+            return
         except OSError:
-            return False  # it is dying; end of file follows on the other pipe
-        return bool(self._outgoing)
+            self._outgoing = memoryview(b"")  # it is dying; end of file follows on the other pipe
 
     def _parse(self, chunk: bytes) -> Iterator[Progress | Log | Partial | Result | Error]:
         *lines, self._pending = (self._pending + chunk).split(b"\n")

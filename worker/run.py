@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from sqlalchemy.orm import Session
@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from jobs import models, progress, results, trials
 from jobs.queue import Claim
 from jobs.spec import scorers
+from jobs.spec.candidate import Candidate
 from jobs.spec.job import JobSpec
 from jobs.spec.memory import CANDIDATES
 from jobs.spec.methods import needs_affine, needs_ara, needs_router, recipes
@@ -71,10 +72,12 @@ class Run:
         request: Request,
         on_partial: Callable[[Partial], None] = lambda partial: None,
         on_progress: Callable[[Progress], None] | None = None,
+        after: Callable[[], None] = lambda: None,
     ) -> Result:
         """One request to the prepared engine; its progress is the task's unless told otherwise.
 
-        When its owner pauses or cancels the job, the engine may finish what it is at: those
+        `after` is called after each answer, while the request may still go on: it may `add`. When
+        its owner pauses or cancels the job, the engine may finish what it is at: those
         partial answers still come before Interrupted is raised.
         """
         engine = self.station.engine
@@ -88,12 +91,18 @@ class Run:
                     on_partial(answer)
                 elif isinstance(answer, Result):
                     return answer
+                after()
         except Interrupted as interrupted:
             if interrupted.cause in ("pause", "cancel"):
                 for partial in engine.stop(self.station.own.stop_seconds):
                     on_partial(partial)
             raise
         raise RuntimeError("a request ends in a result or an exception")
+
+    def add(self, candidates: Sequence[Candidate], finished: list[dict[str, float]]) -> None:
+        """Candidates for the `score` that is being asked, with the trials that may screen them."""
+        if self.station.engine is not None:
+            self.station.engine.add(candidates, finished)
 
     def _pass_on(self, answer: Progress, to: Callable[[Progress], None] | None) -> None:
         if to is not None:

@@ -26,13 +26,13 @@ from bench.peer.setting import (
 )
 from bench.peer.watch import now, watch
 from bench.search import texts
+from bench.stream import stream
 from engine.heap import return_blocks
 from engine.report import Silent
 from engine.session import Session
 from jobs.spec.candidate import Candidate
-from jobs.spec.memory import CANDIDATES
 from jobs.spec.methods import recipes
-from jobs.spec.protocol import Prepare, Prepared, Score, Scored
+from jobs.spec.protocol import Prepare, Prepared, Scored
 from worker.samplers import sampler, startup
 from worker.space import candidate_from, first, plain, plain_number, space
 
@@ -70,62 +70,47 @@ def prepare(session: Session, setting: Setting) -> Prepared:
     return prepared
 
 
-class Recorder(Silent):
-    """Writes the score of each candidate as soon as the engine tells it, and keeps it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.scored: dict[int, Scored] = {}
-
-    def line(self, **fields: Any) -> None:
-        """Append a line with the time."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"at": now(), **fields}) + "\n")
-
-    def partial(self, index: int, text: str = "", scored: Scored | None = None) -> None:
-        """One candidate's finished score."""
-        if scored is not None:
-            self.scored[index] = scored
-            scores = scored.scores
-            self.line(
-                refusals=scores.refusals, total=len(scored.outcomes), kl=scores.kl_first,
-                screened=scored.screened,
-            )  # fmt: skip
-
-
 def search(setting: Setting, record: Path) -> None:
-    """The search of a job: single pass, plain point, then TPE; as many at once as a worker asks."""
+    """The search of a job: single pass, plain point, then TPE; as many in hand as a worker has."""
     return_blocks()  # as an engine process does
-    session, recorder, method = Session(), Recorder(record), METHODS[setting.mode]
-    prepared = prepare(session, setting)
-    layers, size = prepared.anatomy.layers, CANDIDATES
+    session, method = Session(), METHODS[setting.mode]
+    layers = prepare(session, setting).anatomy.layers
     table = space(layers, method)
     study = optuna.create_study(directions=["minimize", "minimize"])
+    asked: dict[int, optuna.Trial] = {}
     finished: list[dict[str, float]] = []
-    recorder.line()
-    for start in range(0, setting.trials, size):
-        asked: list[tuple[Candidate, optuna.Trial | None]] = []
-        for number in range(start, min(start + size, setting.trials)):
-            if number < plain_number(method):
-                asked.append((first(layers, method), None))
-                continue
-            if number == plain_number(method):
-                study.enqueue_trial(plain(layers, method))
-            study.sampler = sampler(setting.seed, startup(setting.trials), number)
-            trial = study.ask(table)
-            asked.append((candidate_from(trial.params, layers, method), trial))
-        candidates = [candidate for candidate, _ in asked]
-        known = finished if setting.screening else []
-        session.handle(Score(candidates=candidates, kl_multi=False, finished=known), recorder)
-        for index, (_, asked_trial) in enumerate(asked):
-            scored = recorder.scored[index]
-            refusals, kl = scored.scores.refusals, float(scored.scores.kl_first or 0)
-            if not scored.screened:
-                rate = refusals / scored.scores.total
-                finished.append({"refusals": rate, "kl_first": kl})
-            if asked_trial is not None:  # of a screened one the worst, as in a job
-                told = len(scored.outcomes) if scored.screened else refusals
-                study.tell(asked_trial, [float(told), kl])
+
+    def ask(number: int) -> tuple[Candidate, list[dict[str, float]]]:
+        if number < plain_number(method):
+            return first(layers, method), []
+        if number == plain_number(method):
+            study.enqueue_trial(plain(layers, method))
+        study.sampler = sampler(setting.seed, startup(setting.trials), number)
+        asked[number] = study.ask(table)
+        candidate = candidate_from(asked[number].params, layers, method)
+        return candidate, list(finished) if setting.screening else []
+
+    def tell(number: int, scored: Scored) -> None:
+        refusals, kl = scored.scores.refusals, float(scored.scores.kl_first or 0)
+        if not scored.screened:
+            finished.append({"refusals": refusals / scored.scores.total, "kl_first": kl})
+        if number in asked:  # of a screened one the worst, as in a job
+            told = len(scored.outcomes) if scored.screened else refusals
+            study.tell(asked[number], [float(told), kl])
+
+    def write(**fields: Any) -> None:
+        with record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"at": now(), **fields}) + "\n")
+
+    def seen(scored: Scored) -> None:
+        scores = scored.scores
+        write(
+            refusals=scores.refusals, total=len(scored.outcomes), kl=scores.kl_first,
+            screened=scored.screened,
+        )  # fmt: skip
+
+    write()
+    stream(session, setting.trials, ask, tell, seen, kl_multi=False)
 
 
 if __name__ == "__main__":

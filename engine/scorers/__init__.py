@@ -7,8 +7,9 @@ edits on it. The same function scores an exported artifact, which has no edits (
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from engine.decode import NOTHING, ORIGINAL, Answer, Decoder, Row
@@ -98,77 +99,55 @@ def score(
     report: Report,
     on_scored: Callable[[int, Scored], None] | None = None,
     lanes: Lanes[Share, Found] | None = None,
+    more: Callable[[], list[tuple[Sequence[Edit], Asked]]] = list,
 ) -> list[Scored]:
     """The scores of each of `edits`; of the model as it is (one) where there are none.
 
     on_scored   called with the place of an edit and its scores as soon as they are known
-    lanes       processes of `score_share` and `learn`, where shares are scored side by side
+    lanes       processes of `score_share` and `learn`, where each edit is scored by itself
+    more        asked for further edits, whose places follow, before it runs out of them
     """
-    size = _together(decoder, len(prompts.harmful), len(edits), lanes is not None)
-    shares = [
+    scored: dict[int, Scored] = {}
+    waiting = deque(_shares(decoder, prompts, edits, asked, lanes is not None))
+    begun: list[range] = []  # places of the edits of each share
+
+    def following() -> Share | None:
+        for added, wanted in more():
+            waiting.extend(_shares(decoder, prompts, added, wanted, lanes is not None))
+        if not waiting:
+            return None
+        share = waiting.popleft()
+        start = begun[-1].stop if begun else 0
+        begun.append(range(start, start + max(1, len(share.edits))))
+        return share
+
+    def done(number: int, found: Found) -> None:
+        decoder.shrink(found.limit)
+        for place, one in zip(begun[number], found.scored, strict=True):
+            if place < max(1, len(edits)):
+                scored[place] = one
+            if on_scored is not None:
+                on_scored(place, one)
+
+    if lanes is not None:
+        lanes.run(following, report, done)
+    while lanes is None and (share := following()) is not None:
+        found = score_share(decoder, prompts, share, refusals, report)
+        learn(decoder, found)
+        done(len(begun) - 1, found)
+    return [scored[place] for place in sorted(scored)]
+
+
+def _shares(
+    decoder: Decoder, prompts: RoleSet, edits: Sequence[Edit], asked: Asked, beside: bool
+) -> list[Share]:
+    """Edits by what shares batches: as many as fit into one, side by side each alone."""
+    apart = beside or decoder.mixes or (decoder.patch is not None and not decoder.patch.batches)
+    size = 1 if apart else max(1, decoder.batch_size // max(1, len(prompts.harmful)))
+    return [
         Share(prompts.role, edits[at : at + size], asked, decoder.batch_size)
         for at in range(0, max(1, len(edits)), size)
     ]
-    found: dict[int, Found] = {}
-
-    def done(number: int, one: Found) -> None:
-        found[number] = one
-        decoder.shrink(one.limit)
-        for place, scored in enumerate(one.scored, start=number * size):
-            if on_scored is not None:
-                on_scored(place, scored)
-
-    if lanes is None:
-        for number, share in enumerate(shares):
-            done(number, score_share(decoder, prompts, share, refusals, report))
-            learn(decoder, found[number])
-    else:
-        _beside(lanes, decoder, shares, report, done)
-    return [scored for number in sorted(found) for scored in found[number].scored]
-
-
-def _together(decoder: Decoder, rows: int, edits: int, beside: bool) -> int:
-    """How many edits share their batches."""
-    if decoder.patch is not None and not decoder.patch.batches:
-        return 1  # weights that are rewritten in place hold one edit at a time
-    if decoder.mixes:
-        return 1  # scores would depend on what shares the batch
-    lanes = min(decoder.lanes, edits) if beside else 1
-    return max(1, min(decoder.batch_size // max(1, rows), -(-edits // max(1, lanes))))
-
-
-def _beside(
-    lanes: Lanes[Share, Found],
-    decoder: Decoder,
-    shares: Sequence[Share],
-    report: Report,
-    done: Callable[[int, Found], None],
-) -> None:
-    """Score shares in lanes; done(place of the share, what was found)."""
-
-    def skipped(place: int) -> int:
-        """Blocks that its forwards leave out."""
-        return 0 if decoder.lower is None else decoder.lower.station(shares[place].edits)
-
-    order = sorted(range(len(shares)), key=skipped)  # the longest first: so the lanes end together
-    known: dict[int, list[screen.Objectives]] = {}
-
-    def share(number: int) -> Share:
-        """With what was finished in the meantime, where that screens."""
-        own = shares[order[number]]
-        if not own.asked.finished:
-            return own
-        more = [one for past in range(number - lanes.lag + 1) for one in known[past]]
-        return replace(own, asked=replace(own.asked, finished=[*own.asked.finished, *more]))
-
-    def finish(number: int, found: Found) -> None:
-        names = list(shares[0].asked.finished[0]) if shares[0].asked.finished else []
-        known[number] = [
-            one for each in found.scored if (one := screen.objectives(each, names)) is not None
-        ]
-        done(order[number], found)
-
-    lanes.run(len(shares), share, report, finish)
 
 
 def learn(decoder: Decoder, found: Found) -> None:

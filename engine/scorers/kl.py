@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from engine.decode import ORIGINAL, Answer, Decoder
+from engine.ending import only_last
 from engine.head import entering_head
 from engine.lower import padded
 from engine.memory import FLOAT32, Shape, forward_row, free_bytes
@@ -137,11 +138,18 @@ def _of_batch(
 
     logits = _read(decoder, inputs, edits, [number for _, number in batch], keep, append).logits
     below = {place: len(batch) + number for number, place in enumerate(distinct)}
-    return [
-        divergence(logits[below[place], -count:], logits[row, -count:])
-        for row, (place, _) in enumerate(batch)
-        for count in [len(reference.states[place])]
+    counts = [len(reference.states[place]) for place, _ in batch]
+    # places of (row, position) pairs in the flattened logits, all rows at once
+    width = logits.shape[1]
+    behind = [range(width - count, width) for count in counts]
+    ours = [row * width + at for row, places in enumerate(behind) for at in places]
+    theirs = [
+        below[place] * width + at
+        for (place, _), places in zip(batch, behind, strict=True)
+        for at in places
     ]
+    flat = logits.flatten(0, 1)
+    return list(torch.split(divergence(flat, flat, theirs, ours), counts))
 
 
 def _read(
@@ -173,7 +181,8 @@ def _read(
     passing: AbstractContextManager[None] = nullcontext()
     if station and decoder.lower is not None:
         passing = decoder.lower.skipping(station, padded([one[held:] for one in states]))
-    with entering_head(decoder.model, entering), passing:
+    ending = only_last(decoder.ending, keep) if decoder.ending is not None else nullcontext()
+    with entering_head(decoder.model, entering), passing, ending:
         return decoder.forward(ids, mask, keep, None if begun is None else begun.cache)
 
 
@@ -190,20 +199,29 @@ def _kept(
     return (station, states) if len(states) == len(known) else (0, [])
 
 
-def divergence(original: Tensor, edited: Tensor) -> Tensor:
+def divergence(
+    original: Tensor,
+    edited: Tensor,
+    first: Sequence[int] | None = None,
+    second: Sequence[int] | None = None,
+) -> Tensor:
     """KL(original‖edited) of each row of logits (rows, V): (rows), float64, nats, on the CPU.
+
+    first, second   the rows of each that are compared; all, if not given
 
     In float64, since in float32 the rounding of one logarithm moves all terms of a row alike, by
     1e-7 nats: as much as a small edit. A chunk of rows at a time: copies of all logits would be the
     memory peak.
     """
     rows = max(1, KL_CHUNK // (2 * original.shape[-1]))  # of twice the bytes
+    first, second = first or range(len(original)), second or range(len(edited))
     sums = []
-    for start in range(0, len(original), rows):
-        log_p = original[start : start + rows].double().log_softmax(-1)
-        log_q = edited[start : start + rows].double().log_softmax(-1)
+    for start in range(0, len(first), rows):
+        ours = edited[list(second[start : start + rows])].double()
+        theirs = original[list(first[start : start + rows])].double()
+        log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
         # not log_p.exp(), which takes ten times as long where it underflows
-        p = original[start : start + rows].double().softmax(-1)
+        p = theirs.softmax(-1)
         # 0·log 0 = 0, also where both are -inf
         terms = torch.where(p > 0, p * (log_p - log_q), 0.0)
         sums.append(terms.sum(-1).clamp(min=0).cpu())

@@ -10,10 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from jobs.spec.protocol import Scored
 
 Objectives = Mapping[str, float]  # by name; refusals as a rate
 
@@ -30,17 +26,6 @@ def bound(cheap: Objectives, finished: Sequence[Objectives], total: int) -> int 
         if all(v <= cheap.get(name, -math.inf) for name, v in other.items() if name != "refusals")
     ]
     return round(min(better) * total) if better else None
-
-
-def objectives(scored: Scored, names: Sequence[str]) -> Objectives | None:
-    """Those of a finished trial; None where they are not all known: it was screened itself."""
-    values = {name: scored.scores.value(name) for name in names}
-    known = {name: value for name, value in values.items() if value is not None}
-    if scored.screened or len(known) < len(names):
-        return None
-    if "refusals" in known:
-        known["refusals"] /= max(1, scored.scores.total)
-    return known
 
 
 class Race:

@@ -35,6 +35,7 @@ KL_SHARE = 0.5  # of the free memory, for one such forward
 # the lanes (`engine.lanes`) share them out. The sampler loses little by it (docs/search.md).
 CANDIDATES = 8
 LANES: dict[Kind, int] = {"cuda": 1, "cpu": 2}  # batches that are worked on at once, at most
+AHEAD = 3  # candidates in hand for each lane: one that is scored, and so many that none waits
 STATIONS = 6  # blocks before which the original's states are kept, eighths of the depth
 LEAST_LOWER = 64 << 20  # bytes
 LOWER_SHARE = 0.05  # of the weights

@@ -115,6 +115,20 @@ class Score(BaseModel):
     finished: list[dict[str, float]] = []
 
 
+class More(BaseModel):
+    """Candidates that join the `score` with the id `of` while it runs, so that nothing waits.
+
+    Their places follow those of the candidates before them, and `finished` counts for them alone.
+    They come back as partials; the result holds the request's own candidates. There is no answer
+    of its own: if that request has ended in the meantime nothing is done.
+    """
+
+    op: Literal["more"] = "more"
+    of: int
+    candidates: list[Candidate]
+    finished: list[dict[str, float]] = []
+
+
 class Select(BaseModel):
     """Choose a single-pass edit as the original paper does (Arditi et al. 2024, section 2.3, C).
 
@@ -188,7 +202,7 @@ class Stop(BaseModel):
 
 
 Request = Annotated[
-    Prepare | Score | Select | Compare | Benchmark | Respond | Export | Stop,
+    Prepare | Score | More | Select | Compare | Benchmark | Respond | Export | Stop,
     Field(discriminator="op"),
 ]
 
@@ -273,6 +287,7 @@ class Prepared(BaseModel):
     weight_bytes: int = Field(description="bytes of the loaded weights")
     source_bytes: int = Field(description="bytes of the same weights in bf16")
     batch_size: int
+    lanes: int = Field(default=1, description="candidates that are scored side by side")
     response_prefix: str = ""
     geometry: Geometry | None = None
     baseline: dict[Role, Scores]
@@ -296,7 +311,7 @@ class Scored(BaseModel):
 
 
 class ScoredBatch(BaseModel):
-    """Result of `score`, in the order of the request's candidates."""
+    """Result of `score`, in the order of the request's own candidates."""
 
     scored: list[Scored]
 

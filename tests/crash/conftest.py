@@ -33,6 +33,7 @@ class Stage:
     folder: Path
     stack: contextlib.ExitStack
     delay: float = 0.02
+    lanes: int = 1
     workers: list[WorkerProcess] = field(default_factory=list)
 
     @property
@@ -44,7 +45,7 @@ class Stage:
         (self.orders / name).write_text(text)
 
     def start_worker(self, **more: str) -> WorkerProcess:
-        command = processes.fake_engine(self.orders, self.delay)
+        command = processes.fake_engine(self.orders, self.delay, self.lanes)
         started = self.stack.enter_context(
             processes.worker(self.settings, self.folder, command, **more)
         )

@@ -61,6 +61,12 @@ class Channel:
                 return True
         return False
 
+    def more(self, number: int) -> list[dict[str, Any]]:
+        """What was added to the request `number`; what came for an earlier one is dropped."""
+        requests = [line["request"] for line in self.lines]
+        self.lines = [line for line in self.lines if line["request"]["op"] != "more"]
+        return [one for one in requests if one["op"] == "more" and one["of"] == number]
+
     def stopped(self) -> bool:
         return any(line["request"]["op"] == "stop" for line in self.lines)
 
@@ -181,7 +187,7 @@ def working(channel: Channel, orders: Path, number: int, delay: float) -> bool:
     return True
 
 
-def prepare(request: dict[str, Any]) -> dict[str, Any]:
+def prepare(request: dict[str, Any], lanes: int) -> dict[str, Any]:
     baseline, outcomes = {}, {}
     measured = {} if request["purpose"] == "respond" else roles(request)
     for role, prompts in measured.items():
@@ -210,6 +216,7 @@ def prepare(request: dict[str, Any]) -> dict[str, Any]:
         "weight_bytes": 10,
         "source_bytes": 20,
         "batch_size": 4,
+        "lanes": lanes,
         "baseline": baseline,
         "baseline_outcomes": outcomes,
     }
@@ -262,6 +269,7 @@ def main() -> None:
     parser.add_argument("--write", type=int, required=True)
     parser.add_argument("--orders", type=Path, required=True)
     parser.add_argument("--delay", type=float, default=0.01)
+    parser.add_argument("--lanes", type=int, default=1)
     given = parser.parse_args()
     leaked = [name for name in os.environ if "DATABASE" in name or "SECRET" in name]
     if leaked:
@@ -278,6 +286,8 @@ def main() -> None:
         envelope = channel.lines.pop(0)
         request, number = envelope["request"], envelope["id"]
         op = request["op"]
+        if op == "more":
+            continue  # its request has ended
         with (orders / "requests").open("a") as file:
             file.write(f"{op} {request.get('model') or request.get('tasks') or ''}\n")
         if (orders / "print").exists():
@@ -291,9 +301,9 @@ def main() -> None:
         elif op == "prepare":
             prepared = request
             channel.send(type="progress", id=number, phase="loading weights", done=1, total=1)
-            channel.send(type="result", id=number, value=prepare(request))
+            channel.send(type="result", id=number, value=prepare(request, given.lanes))
         elif op == "score":
-            score(channel, orders, number, request, roles(prepared), given.delay)
+            score(channel, orders, number, request, roles(prepared), given)
         elif op == "select":
             channel.send(type="result", id=number, value=selected())
         elif op == "compare":
@@ -321,17 +331,27 @@ def score(
     number: int,
     request: dict[str, Any],
     prompts: dict[str, list[str]],
-    delay: float,
+    given: argparse.Namespace,
 ) -> None:
-    done = []
-    for index, candidate in enumerate(request["candidates"]):
-        if not working(channel, orders, number, delay):
+    """Candidates, and those that join them. With several lanes they end out of order."""
+    own = len(request["candidates"])
+    waiting = [(index, one, request["finished"]) for index, one in enumerate(request["candidates"])]
+    done: dict[int, dict[str, Any]] = {}
+    known = own
+    while waiting:
+        index, candidate, finished = waiting.pop(min(len(waiting) - 1, len(done) % given.lanes))
+        if not working(channel, orders, number, given.delay):
             return
         role = request["role"]
         one = scored(candidate, role, prompts[role], request["scorers"])
-        done.append(screened(one, request["finished"]))
-        channel.send(type="partial", id=number, index=index, scored=done[-1])
-    channel.send(type="result", id=number, value={"scored": done})
+        done[index] = screened(one, finished)
+        channel.send(type="partial", id=number, index=index, scored=done[index])
+        for more in channel.more(number):
+            waiting += [
+                (known + n, one, more["finished"]) for n, one in enumerate(more["candidates"])
+            ]
+            known += len(more["candidates"])
+    channel.send(type="result", id=number, value={"scored": [done[index] for index in range(own)]})
 
 
 if __name__ == "__main__":

@@ -27,7 +27,10 @@ pytestmark = pytest.mark.crash
 rarely = pytest.mark.slow  # what other tests show too, or take long to show
 
 
-def test_engine_killed_once(stage: Stage) -> None:
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_engine_killed_once(stage: Stage, lanes: int) -> None:
+    """Also while candidates join the request that runs."""
+    stage.lanes = lanes
     worker = stage.start_worker()
     job_id = stage.submit(trials=8)
     stage.wait_complete(job_id, 3)
@@ -201,7 +204,9 @@ def test_sigterm_hands_the_task_back_at_once(stage: Stage) -> None:
     stage.check(job_id)
 
 
-def test_pause_resume_cancel(stage: Stage) -> None:
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_pause_resume_cancel(stage: Stage, lanes: int) -> None:
+    stage.lanes = lanes
     stage.delay = 0.1
     stage.start_worker()
     job_id = stage.submit(trials=60)

@@ -13,7 +13,7 @@ import pytest
 
 from engine.channel import Channel, ChannelReport
 from engine.errors import EngineError
-from jobs.spec.protocol import Error, Log, Partial, Progress, Respond, Stop, answers
+from jobs.spec.protocol import Envelope, Error, Log, More, Partial, Progress, Respond, Stop, answers
 
 
 @dataclass
@@ -74,6 +74,25 @@ def test_a_bad_line_is_answered_and_skipped(ends: Ends, line: bytes, id: int, fi
     (answer,) = ends.lines()
     assert isinstance(answer, Error) and answer.reason == "bad_request" and answer.id == id
     assert field in answer.message and answer.mend
+
+
+def test_what_is_added_reaches_its_request_at_once(ends: Ends) -> None:
+    """While that is being computed; what comes for another one is dropped."""
+    ends.channel.start()
+    found = ends.channel.requests()
+    os.write(ends.requests, b'{"id":7,"request":{"op":"score","candidates":[]}}\n')
+    assert next(found).id == 7
+    for of, refusals in ((6, 0.1), (7, 0.2), (7, 0.3)):
+        more = More(of=of, candidates=[], finished=[{"refusals": refusals}])
+        line = Envelope(id=9, request=more).model_dump_json()
+        os.write(ends.requests, line.encode() + b"\n")
+    os.write(ends.requests, b'{"id":10,"request":{"op":"stop"}}\n')
+    assert next(found).id == 10, "they are no requests of their own"
+    assert [more.finished for more in ends.channel.added(7)] == [
+        [{"refusals": 0.2}],
+        [{"refusals": 0.3}],
+    ]
+    assert ends.channel.added(7) == []
 
 
 def test_progress_is_throttled_but_never_its_ends(ends: Ends) -> None:

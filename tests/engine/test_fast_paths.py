@@ -6,6 +6,8 @@ weights in test_decode and test_stacks), and for divergences the forward of all 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -107,12 +109,16 @@ class Case:
         return found
 
 
-def without(decoder: Decoder) -> tuple[Drafts | None, Lower | None, bool]:
-    """Take the fast paths away."""
-    saved = decoder.drafts, decoder.lower, decoder.shares
-    decoder.drafts = decoder.lower = None
+@contextmanager
+def without(decoder: Decoder) -> Iterator[None]:
+    """Within it the fast paths are taken away."""
+    names = ("drafts", "lower", "shares", "ending")
+    saved = {name: getattr(decoder, name) for name in names}
+    decoder.drafts = decoder.lower = decoder.ending = None
     decoder.shares = False
-    return saved
+    yield
+    for name, value in saved.items():
+        setattr(decoder, name, value)
 
 
 def check(case: Case) -> None:
@@ -127,44 +133,46 @@ def check(case: Case) -> None:
 
 
 def compare(case: Case) -> None:
-    saved = without(case.decoder)
-    slow = [case.answers(edit) for edit in case.edits]
-    moved = case.moved()
-    case.decoder.drafts, case.decoder.lower, case.decoder.shares = saved
+    with without(case.decoder):
+        slow = [case.answers(edit) for edit in case.edits]
+        moved = case.moved()
     for _ in range(3):
         for edit, answers in zip(case.edits, slow, strict=True):
             assert case.answers(edit) == answers
     if case.decoder.lanes > 1:  # side by side, as candidates on a CPU are
         lanes = Lanes(2, case.beside)
-        two = lanes.run(2, case.edits.__getitem__, Silent(), lambda number, found: None)
+        two: dict[int, object] = {}
+        edits = iter(case.edits[:2])
+        lanes.run(lambda: next(edits, None), Silent(), two.__setitem__)
         lanes.close()
-        assert two == slow[:2]
+        assert [two[number] for number in range(2)] == slow[:2]
     for fast, plain in zip(case.moved(), moved, strict=True):
         assert fast.first == pytest.approx(plain.first, rel=1e-3, abs=1e-7)
         assert fast.multi == pytest.approx(plain.multi, rel=1e-3, abs=1e-7)
 
 
-# model type -> whether it bears drafts, and kept states
+# model type -> whether it bears drafts, kept states, and a feed-forward of the last tokens alone
 KINDS = {
-    "llama": (True, True),
-    "gpt2": (True, True),
-    "gpt_neox": (True, True),
-    "bloom": (True, False),  # blocks that give more than their states
-    "gemma2": (True, True),  # a window that slides, capped logits
-    "gpt_oss": (True, True),  # stacks that are edited in place
-    "deepseek_v3": (True, True),  # latent attention
-    "mllama": (True, False),  # layers that leave their place in the cache empty
-    "longcat_flash": (True, True),  # two layers of the cache in one block
-    "qwen3_next": (False, True),  # a recurrent state cannot be taken back
-    "mamba": (False, True),
-    "rwkv": (False, False),
+    "llama": (True, True, True),
+    "gpt2": (True, True, True),
+    "gpt_neox": (True, True, True),
+    "bloom": (True, False, False),  # blocks that give more than their states
+    "gemma2": (True, True, True),  # a window that slides, capped logits
+    "gpt_oss": (True, True, False),  # stacks that are edited in place
+    "deepseek_v3": (True, True, True),  # latent attention
+    "mllama": (True, False, False),  # layers that leave their place in the cache empty
+    "longcat_flash": (True, True, True),  # two layers of the cache in one block
+    "qwen3_next": (False, True, True),  # a recurrent state cannot be taken back
+    "mamba": (False, True, False),
+    "rwkv": (False, False, False),
 }
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_fast_paths_give_what_plain_decoding_gives(name: str) -> None:
     case = Case(build(next(entry for entry in ENTRIES if entry.id.startswith(f"{name}-"))))
-    assert (case.decoder.drafts is not None, case.decoder.lower is not None) == KINDS[name]
+    own = case.decoder.drafts, case.decoder.lower, case.decoder.ending
+    assert tuple(one is not None for one in own) == KINDS[name]
     assert case.decoder.shares == (case.decoder.drafts is not None)
     check(case)
 
@@ -220,9 +228,8 @@ def test_decisions_do_not_depend_on_what_was_answered_before(ready: Ready) -> No
         decoder.learn(rows, found)
         return [(answer.tokens, answer.text, answer.ended) for answer in found]
 
-    saved = without(decoder)
-    slow = [answers(edit) for edit in edits]
-    decoder.drafts, decoder.lower, decoder.shares = saved
+    with without(decoder):
+        slow = [answers(edit) for edit in edits]
     assert len({len(tokens) for tokens, _, _ in slow[0]}) > 2
     for _ in range(3):
         assert [answers(edit) for edit in edits] == slow

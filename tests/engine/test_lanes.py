@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import Barrier, Event
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Timer
 from typing import TypeVar
 
 import psutil
@@ -21,7 +24,7 @@ from engine.lanes import MOST, Lanes
 from engine.report import Report, Silent
 from engine.session import Session
 from jobs.spec.candidate import Ablation, constant
-from jobs.spec.protocol import Respond, Score, Scored
+from jobs.spec.protocol import More, Respond, Score, Scored, ScoredBatch
 from tests.engine.fixtures_run import CANDIDATES, prepare_request, tiny_folder
 
 __all__ = ["tiny_folder"]
@@ -60,14 +63,13 @@ def run(
     learn: Callable[[Found], None] = lambda found: None,
 ) -> tuple[list[Found], list[int]]:
     """What two lanes find, and in which order this process heard of it; they are gone then."""
-    lanes, order = Lanes(2, work, learn), list[int]()
+    lanes, items = Lanes(2, work, learn), iter(range(count))
+    found: dict[int, Found] = {}
     try:
-        found = lanes.run(
-            count, lambda number: number, report or Silent(), lambda number, _: order.append(number)
-        )
+        lanes.run(lambda: next(items, None), report or Silent(), found.__setitem__)
     finally:
         lanes.close()
-    return found, order
+    return [found[number] for number in range(count)], list(found)
 
 
 def test_both_run_at_once_and_share_the_threads() -> None:
@@ -83,7 +85,7 @@ def test_both_run_at_once_and_share_the_threads() -> None:
     assert torch.get_num_threads() == 2  # of this process still
 
 
-def test_one_item_has_all_threads() -> None:
+def test_one_lane_has_all_threads() -> None:
     """And they work: OpenMP's own do not outlive a fork."""
     x = torch.ones(512, 512)
     truth = float((x @ x).sum())  # starts them in this process
@@ -91,28 +93,69 @@ def test_one_item_has_all_threads() -> None:
     def work(item: int, report: Report) -> tuple[int, float]:
         return torch.get_num_threads(), float((x @ x).sum())
 
-    assert run(work, 1)[0] == [(2, truth)]
+    lanes, items, found = Lanes(1, work), iter([0]), dict[int, tuple[int, float]]()
+    lanes.run(lambda: next(items, None), Silent(), found.__setitem__)
+    lanes.close()
+    assert found == {0: (2, truth)}
 
 
-def test_a_lane_knows_what_was_found_up_to_lag_items_before() -> None:
-    """Neither less nor more, whoever is faster, and in the items' order."""
+def test_a_lane_knows_what_was_found_some_items_before() -> None:
+    """Neither less nor more, whoever is faster, and in the items' order, run after run: at first
+    all but what the other lane is at, later up to six items before."""
     known: list[int] = []
-    first, rest = Event(), 12
+    first, rest = Event(), 14
 
     def work(item: int, report: Report) -> list[int]:
-        if item == 0:
+        if item == 8:
             assert first.wait(LIMIT)
-        if item == 3:
-            first.set()  # the other lane had items 1 to 3 in the meantime
+        if item == 12:
+            first.set()  # the other lane had items 9 to 12 in the meantime
         return list(known)
 
     def learn(found: list[int]) -> None:
         known.append(len(found))
 
+    expected = [0, 0, 1, 2, 3, 4, 5, 5, 5, 5, 5, 6, 7, 8]
     found, order = run(work, rest, learn=learn)
-    assert order[:2] == [1, 2]
-    assert [len(one) for one in found] == [max(0, item - 3) for item in range(rest)]
-    assert found[-1] == [len(one) for one in found[:8]]
+    assert order.index(8) > order.index(11)
+    assert [len(one) for one in found] == expected
+    assert found[-1] == expected[:8]
+
+    first.set()
+    lanes, again = Lanes(2, work, learn), list[tuple[int, int]]()
+    for run_of in (range(3), range(3, 4), range(4, rest)):  # it does not matter where a run ends
+        items, ended = iter(run_of), dict[int, list[int]]()
+        lanes.run(partial(next, items, None), Silent(), ended.__setitem__)
+        again += [(run_of.start + number, len(one)) for number, one in ended.items()]
+    lanes.close()
+    assert sorted(again) == list(enumerate(expected))
+
+
+def test_items_that_come_while_it_runs() -> None:
+    """A lane that has nothing to do looks again, as long as the other one works."""
+    waiting = SimpleQueue[int]()
+    late = Event()
+
+    def work(item: int, report: Report) -> int:
+        if item == 0:
+            report.log("begun")
+            assert late.wait(LIMIT)
+        if item == 1:
+            late.set()  # which item 0 waits for: so it was begun beside it
+        return item
+
+    class Adding(Silent):
+        def log(self, text: str, level: str = "info") -> None:
+            Timer(0.05, list, [map(waiting.put, (1, 2))]).start()
+
+    def following() -> int | None:
+        return None if waiting.empty() else waiting.get()
+
+    waiting.put(0)
+    lanes, found = Lanes(2, work), dict[int, int]()
+    lanes.run(following, Adding(), found.__setitem__)
+    lanes.close()
+    assert found == {0: 0, 1: 1, 2: 2}
 
 
 def test_an_error_ends_the_others(others: set[psutil.Process]) -> None:
@@ -185,7 +228,7 @@ def test_lanes_end_with_their_process() -> None:
         "def work(item, report):\n"
         "    report.log(str(os.getpid()))\n"
         "    while True: pass\n"
-        "Lanes(2, work).run(2, int, Telling(), print)\n"
+        "Lanes(2, work).run(iter((1, 2)).__next__, Telling(), print)\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True
@@ -199,15 +242,24 @@ def test_lanes_end_with_their_process() -> None:
 
 
 def test_progress_is_that_of_all() -> None:
-    meeting, report = Barrier(2), Counted()
+    both, report = Event(), Counted()
 
     def work(item: int, part: Report) -> int:
         part.progress("answers", 3 + item, 10)
-        meeting.wait(LIMIT)
+        if item == 0:
+            assert both.wait(LIMIT)
         return item
 
+    class Waiting(Counted):
+        def progress(self, phase: str, done: float = 0, total: float = 0, text: str = "") -> None:
+            super().progress(phase, done, total, text)
+            if total == 20:
+                both.set()
+
+    report = Waiting()
     run(work, 2, report)
-    assert report.seen[-1] == ("answers", 7, 20)
+    assert ("answers", 7, 20) in report.seen
+    assert report.seen[-1] == ("answers", 3, 10) or report.seen[-1] == ("answers", 7, 20)
 
 
 @pytest.fixture(scope="module")
@@ -246,22 +298,44 @@ def test_lanes_give_the_scores_of_one_after_the_other(session: Session) -> None:
     assert set(psutil.Process().children()) == others, "they end when something else is asked for"
 
 
-def test_what_a_lane_has_scored_screens_what_comes_lag_items_later(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As the next request would."""
+@pytest.mark.parametrize("threads", [1, 2])
+def test_candidates_that_join_a_request(session: Session, threads: int) -> None:
+    """They are scored as alone, and screened by the trials that came with them."""
     session.close_lanes()
-    prompts = len(session.ready.roles["search"].harmful)
-    monkeypatch.setattr(session.ready.decoder, "limit", prompts)  # a batch for each candidate
-    nothing = {"refusals": 1.0, "kl_first": 0.0}  # dominates only what moves and refuses all
+    torch.set_num_threads(threads)
     gentle, strong = (Ablation(attention=constant(w), mlp=constant(w)) for w in (0.1, 1.0))
-    torch.set_num_threads(2)
-    asked = Score(candidates=[gentle, *[strong] * 8], finished=[nothing])
-    found = session.score(asked, Silent()).scored
-    first, second = (one.scores for one in found[:2])
-    assert first.refusals == 0 and first.kl_first is not None and second.kl_first is not None
-    assert first.kl_first < second.kl_first
-    assert [one.screened for one in found] == [False] * 4 + [True] * 5
+    alone = [session.score(Score(candidates=[one]), Silent()).scored[0] for one in (gentle, strong)]
+    best = {"refusals": 0.0, "kl_first": 0.0}  # dominates all
+    joining = [
+        More(of=1, candidates=[strong, gentle]),
+        More(of=1, candidates=[strong], finished=[best]),
+        More(of=1, candidates=[gentle]),
+    ]
+    seen: dict[int, Scored] = {}
+
+    class Telling(Silent):
+        def partial(self, index: int, text: str = "", scored: Scored | None = None) -> None:
+            assert scored is not None
+            seen[index] = scored
+
+    def added() -> list[More]:
+        return [joining.pop(0)] if joining and len(seen) else []
+
+    found = session.handle(Score(candidates=[gentle, strong]), Telling(), added)
+    assert isinstance(found, ScoredBatch)
+    assert found.scored == [seen[0], seen[1]], "its own ones alone"
+    assert sorted(seen) == list(range(6)) and not joining
+    truths = [alone[0], alone[1], alone[1], alone[0], None, alone[0]]
+    for place, truth in enumerate(truths):
+        assert seen[place].screened == (truth is None)
+        if truth is not None:
+            assert seen[place].outcomes == truth.outcomes
+            assert seen[place].scores.kl_first == pytest.approx(truth.scores.kl_first, abs=1e-6)
+
+
+def test_nothing_joins_what_does_not_run(session: Session) -> None:
+    with pytest.raises(EngineError, match="of: no request 3 runs"):
+        session.handle(More(of=3, candidates=CANDIDATES[:1]), Silent())
 
 
 def test_two_fresh_sessions_give_the_same_bits(tiny_folder: Path) -> None:

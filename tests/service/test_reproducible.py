@@ -16,41 +16,47 @@ from jobs.spec.job import JobSpec
 from jobs.tables import Artifact, Job, User
 from tests.service.processes import ring_for, wait_until, worker
 
-SPEC = JobSpec.model_validate(
-    {
-        "model": "demo", "device": "cpu", "quantization": "none", "trials": 8, "seed": 5,
-        "startup_trials": 2, "max_new_tokens": 20, "methods": ["mpoa", "ara"],
-        "prompts": {"direction": 40, "search": 12, "heldout": 8},
-    }
-)  # fmt: skip
+SPEC = {
+    "model": "demo", "device": "cpu", "quantization": "none", "seed": 5,
+    "startup_trials": 2, "max_new_tokens": 20, "warm_start": False,
+    "prompts": {"direction": 40, "search": 12, "heldout": 8},
+}  # fmt: skip
 
 
 @pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("threads", "methods", "count"), [(1, ["mpoa", "ara"], 8), (2, ["mpoa"], 14)]
+)
 def test_the_same_seed_gives_the_same_trials_and_files(
     make_settings: Callable[..., Settings],
     sessions: Sessions,
     member: User,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+    methods: list[str],
+    count: int,
 ) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    """One after the other, and side by side, where it depends on who is faster what ends first."""
+    monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+    spec = JobSpec.model_validate({**SPEC, "methods": methods, "trials": count})
     settings = make_settings(reconcile_seconds=0.5)
     with sessions.begin() as session:
         prompts.ensure_builtin(session)
     with worker(settings, tmp_path, NULLSPACE_LINGER_SECONDS="0"):
-        first, second = (_run(sessions, settings, member) for _ in range(2))
-    assert len(first[0]) == 8 and {row["method"] for row in first[0]} == {"mpoa", "ara"}
+        first, second = (_run(sessions, settings, member, spec) for _ in range(2))
+    assert len(first[0]) == count and {row["method"] for row in first[0]} == set(methods)
     assert first[0] == second[0]
     assert first[1] == second[1] and "model.safetensors" in first[1]
 
 
 def _run(
-    sessions: Sessions, settings: Settings, member: User
+    sessions: Sessions, settings: Settings, member: User, spec: JobSpec
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """A job to its end and one export: its trials, and the hashes of the files."""
     with sessions.begin() as session:
         owner = session.get_one(User, member.id)
-        job, _ = submit.submit(session, owner, SPEC, settings)
+        job, _ = submit.submit(session, owner, spec, settings)
     ring_for(sessions, settings, job.id)
 
     def ended() -> bool:

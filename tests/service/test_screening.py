@@ -13,7 +13,9 @@ from jobs import comparison, control, events, fronts, queue, screening, trials
 from jobs.database import Sessions
 from jobs.problems import Conflict
 from jobs.settings import Settings
+from jobs.spec.candidate import single_pass
 from jobs.spec.job import JobSpec
+from jobs.spec.methods import MethodName
 from jobs.spec.protocol import Scored
 from jobs.spec.scorers import ScorerName
 from jobs.spec.scores import Outcome, Scores
@@ -24,7 +26,7 @@ from tests.service import api_worker
 from tests.service.api_server import Api, api, spec
 from tests.service.builders import CANDIDATE, held, make_spec, scored
 from tests.service.test_api_jobs import problem
-from worker.search import together
+from worker.points import Point, together
 from worker.space import plain
 from worker.study import MethodStudy, open_storage
 
@@ -73,13 +75,16 @@ def test_what_may_be_screened(fields: dict[str, object], origin: str, applies: b
 
 
 def test_one_request_holds_one_method_where_that_screens() -> None:
-    pair = make_spec(methods=["mpoa", "svd", "ara", "deccp"])
-    full = [together(pair, "mpoa", "plain"), together(pair, "deccp", "single_pass")]
-    assert full[0] == full[1] == (False, "")
-    keys = [together(pair, method, "sampler") for method in ("mpoa", "svd", "ara")]
-    assert keys == [(False, "mpoa"), (False, "svd"), (True, "ara")]
-    off = pair.model_copy(update={"screening": False})
-    assert together(off, "mpoa", "sampler") == together(off, "svd", "sampler") == (False, "")
+    one, other = ([{"refusals": share, "kl_first": 0.1}] for share in (0.2, 0.3))
+
+    def point(number: int, method: MethodName, finished: list[dict[str, float]]) -> Point:
+        return Point(number, method, single_pass(8), {}, "sampler", finished=finished)
+
+    whole: list[MethodName] = ["mpoa", "ara", "deccp", "svd"]
+    points = [point(number, method, []) for number, method in enumerate(whole)]
+    points += [point(4, "mpoa", one), point(5, "svd", other), point(6, "mpoa", list(one))]
+    groups = together(points, size=2)
+    assert [[each.number for each in group] for group in groups] == [[0, 2], [1], [3], [4, 6], [5]]
 
 
 def test_a_front_holds_what_was_decoded() -> None:

@@ -64,6 +64,25 @@ def test_prepare_and_score(tmp_path: Path) -> None:
     assert not live_engines(tmp_path)
 
 
+def test_candidates_join_the_request_that_runs(tmp_path: Path) -> None:
+    """Its own come back in the result, all of them as partials; too late, they are dropped."""
+    engine = EngineProcess(fake_engine(tmp_path, delay=0.1, lanes=2))
+    assert Prepared.model_validate(last(engine, PREPARE).value).lanes == 2
+    seen: list[int] = []
+    batch = ScoredBatch(scored=[])
+    for answer in engine.request(SCORE, never):
+        if isinstance(answer, Partial):
+            seen.append(answer.index)
+            if len(seen) == 1:
+                engine.add([single_pass(2), single_pass(3)], [])
+        elif isinstance(answer, Result):
+            batch = ScoredBatch.model_validate(answer.value)
+    assert len(batch.scored) == 2 and sorted(seen) == [0, 1, 2, 3]
+    engine.add([single_pass(2)], [])
+    assert len(ScoredBatch.model_validate(last(engine, SCORE).value).scored) == 2
+    engine.end(5)
+
+
 def test_a_request_larger_than_the_pipe(tmp_path: Path) -> None:
     engine = EngineProcess(fake_engine(tmp_path))
     many = TEXTS.model_copy(update={"search_harmful": ["x" * 1000] * 3000})

@@ -174,7 +174,7 @@ def test_what_a_run_says_follows_an_amended_budget(
             scores = Scores(role="search", refusals=1, total=4, kl_first=0.5, kl_multi=0.5)
             done = Scored(scores=scores, outcomes=[])
             trials.complete(session, claim.task, claim.token, slot.number, done)
-        search._report(run)
+        search.report(run)
         with sessions.begin() as session:
             progress = session.get_one(Job, claim.job.id).progress
             assert (progress["done"], progress["total"]) == (1, 7)
