@@ -1,14 +1,14 @@
 """Which sampler needs the fewest trials, and the least time, for the same front?
 
     python -m bench.samplers --samplers tpe nsga3 cmaes qnehvi --seeds 5 --trials 100 --rows FILE
-                             [--batches 4] [--dtype bfloat16] [--method mpoa] [--random N]
+                             [--ahead 6] [--dtype bfloat16] [--method mpoa] [--random N]
                              [--surrogate bench/trials.jsonl]
 
-Each search is one of a job on the demo model, in this process with one thread: `--batches` says how
-many candidates are asked for before the first is scored, 8 as a worker does. Each finished search
-is appended to FILE as JSON, and what stands there is not run again. Prints two Markdown tables of
-hypervolumes (refusal rate and first-token KL): after so many trials, and after so many processor
-seconds of asking and scoring together.
+Each search is one of a job on the demo model, in this process with one thread: `--ahead` says how
+many are in hand, 6 as of a worker on a CPU: the next is asked for when the first of them is scored.
+Each finished search is appended to FILE as JSON, and what stands there is not run again. Prints two
+Markdown tables of hypervolumes (refusal rate and first-token KL): after so many trials, and after
+so many processor seconds of asking and scoring together.
 
 A trial takes most of a second, and seeds differ more than samplers do. With `--surrogate` scores
 come from a model of recorded trials instead (`bench.surrogate`), so that dozens of seeds are
@@ -29,13 +29,12 @@ from typing import get_args
 
 from pydantic import BaseModel
 
-from bench.search import prepare, scored, steps
+from bench.search import WINDOW, prepare, scored, steps
 from bench.surrogate import LAYERS, Surrogate, recorded
 from engine.session import Session
 from jobs.fronts import hypervolume
 from jobs.spec.candidate import Candidate
 from jobs.spec.job import SamplerName
-from jobs.spec.memory import CANDIDATES
 from jobs.spec.methods import MethodName, recipes
 from jobs.spec.protocol import Scored
 
@@ -47,7 +46,7 @@ class Row(BaseModel):
     """One search: its points (refusal rate, KL) in order, with their processor seconds."""
 
     sampler: SamplerName
-    batch: int
+    ahead: int
     seed: int
     points: list[tuple[float, float]]
     sampling: list[float]
@@ -72,7 +71,7 @@ def main() -> None:
     """Run what is missing and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samplers", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--batches", type=int, nargs="+", default=[CANDIDATES])
+    parser.add_argument("--ahead", type=int, nargs="+", default=[WINDOW])
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
     parser.add_argument("--trials", type=int, default=100)
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
@@ -82,36 +81,36 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True)
     given = parser.parse_args()
     wanted = [
-        (name, batch, seed)
+        (name, ahead, seed)
         for seed in range(given.seeds)
         for name in given.samplers
-        for batch in given.batches
+        for ahead in given.ahead
     ]
     rows = _read(given.rows)
-    known = {(row.sampler, row.batch, row.seed) for row in rows if len(row.points) >= given.trials}
+    known = {(row.sampler, row.ahead, row.seed) for row in rows if len(row.points) >= given.trials}
     missing = [key for key in wanted if key not in known]
     score, layers = _scoring(given) if missing else (None, 0)
-    for name, batch, seed in missing:
+    for name, ahead, seed in missing:
         assert score is not None
         found = list(
             steps(
                 score, layers, given.method, given.trials, seed,
-                name=name, batch=batch, random=given.random,
+                name=name, ahead=ahead, random=given.random,
             )
         )  # fmt: skip
         row = Row(
             sampler=name,
-            batch=batch,
+            ahead=ahead,
             seed=seed,
             points=[step.point for step in found],
             sampling=[step.sampling for step in found],
             scoring=[step.scoring for step in found],
         )
         rows.append(row)
-        print(f"{name} {batch} {seed}: {row.after(given.trials):.4f}", file=sys.stderr, flush=True)
+        print(f"{name} {ahead} {seed}: {row.after(given.trials):.4f}", file=sys.stderr, flush=True)
         with given.rows.open("a", encoding="utf-8") as file:
             file.write(row.model_dump_json() + "\n")
-    rows = [row for row in rows if (row.sampler, row.batch, row.seed) in wanted]
+    rows = [row for row in rows if (row.sampler, row.ahead, row.seed) in wanted]
     _after_trials(rows, given.trials)
     if given.surrogate is None:
         _after_seconds(rows)
@@ -135,10 +134,10 @@ def _read(file: Path) -> list[Row]:
 def _after_trials(rows: list[Row], trials: int) -> None:
     cuts = [cut for cut in TRIALS if cut <= trials]
     print(_heading([*(f"{cut} trials" for cut in cuts), "asking, ms a trial"]))
-    for place, batch, group in _groups(rows):
+    for place, ahead, group in _groups(rows):
         cells = [_spread([row.after(cut) for row in group]) for cut in cuts]
         asking = 1000 * mean(mean(row.sampling) for row in group)
-        print(_line(NAMES[place], batch, group, [*cells, f"{asking:.0f}"]))
+        print(_line(NAMES[place], ahead, group, [*cells, f"{asking:.0f}"]))
 
 
 def _after_seconds(rows: list[Row]) -> None:
@@ -147,29 +146,29 @@ def _after_seconds(rows: list[Row]) -> None:
     whole = min(mean(row.seconds for row in group) for _, _, group in groups)
     spans = [round(whole * share) for share in (0.25, 0.5, 1.0)]
     print("\n" + _heading([*(f"{span} s" for span in spans), "scoring, ms a trial"]))
-    for place, batch, group in groups:
+    for place, ahead, group in groups:
         cells = [_spread([row.within(span) for row in group]) for span in spans]
         scoring = 1000 * mean(mean(row.scoring) for row in group)
-        print(_line(NAMES[place], batch, group, [*cells, f"{scoring:.0f}"]))
+        print(_line(NAMES[place], ahead, group, [*cells, f"{scoring:.0f}"]))
 
 
 def _groups(rows: list[Row]) -> list[tuple[int, int, list[Row]]]:
     """Searches by sampler, as its place in NAMES, and by how many are asked for at once."""
     ordered = itertools.groupby(sorted(rows, key=_group), key=_group)
-    return [(place, batch, list(group)) for (place, batch), group in ordered]
+    return [(place, ahead, list(group)) for (place, ahead), group in ordered]
 
 
 def _group(row: Row) -> tuple[int, int]:
-    return NAMES.index(row.sampler), row.batch
+    return NAMES.index(row.sampler), row.ahead
 
 
 def _heading(cells: list[str]) -> str:
-    columns = ["sampler", "at once", "seeds", *cells]
+    columns = ["sampler", "in hand", "seeds", *cells]
     return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
 
 
-def _line(name: str, batch: int, group: list[Row], cells: list[str]) -> str:
-    return f"| {' | '.join([name, str(batch), str(len(group)), *cells])} |"
+def _line(name: str, ahead: int, group: list[Row], cells: list[str]) -> str:
+    return f"| {' | '.join([name, str(ahead), str(len(group)), *cells])} |"
 
 
 def _spread(values: list[float]) -> str:

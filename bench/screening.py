@@ -22,20 +22,18 @@ from statistics import mean, stdev
 import torch
 from pydantic import BaseModel
 
-from bench.search import prepare, steps
+from bench.search import WINDOW, prepare, steps
 from bench.surrogate import LAYERS, Surrogate, recorded
 from engine.report import Silent
 from engine.scorers.screen import bound
 from engine.session import Session
 from jobs.fronts import hypervolume
 from jobs.spec.candidate import Candidate
-from jobs.spec.memory import CANDIDATES
 from jobs.spec.methods import MethodName
 from jobs.spec.protocol import Score, Scored, ScoredBatch
 
 METHOD: MethodName = "mpoa"
 WHOLE = 2  # single pass and plain point are never screened
-BATCH = CANDIDATES
 TRIALS = (25, 50, 100, 200)
 
 Finished = list[dict[str, float]]
@@ -86,19 +84,20 @@ def search(
     screening: bool,
 ) -> Row:  # fmt: skip
     """One search, screened or whole."""
-    finished: Finished = []
+    finished: dict[int, dict[str, float]] = {}
     asked = 0
 
     def one(candidate: Candidate) -> Scored:
         nonlocal asked
-        asked += 1
-        found = score(candidate, finished if screening and asked > WHOLE else [])
+        known = [point for number, point in finished.items() if number <= asked - WINDOW]
+        found = score(candidate, known if screening and asked >= WHOLE else [])
         if not found.screened:
             rate = found.scores.refusals / found.scores.total
-            finished.append({"refusals": rate, "kl_first": float(found.scores.kl_first or 0)})
+            finished[asked] = {"refusals": rate, "kl_first": float(found.scores.kl_first or 0)}
+        asked += 1
         return found
 
-    found = list(steps(one, layers, METHOD, trials, seed, batch=BATCH))
+    found = list(steps(one, layers, METHOD, trials, seed, ahead=WINDOW))
     return Row(
         screening=screening,
         seed=seed,

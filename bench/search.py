@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from engine.session import Session
 from jobs.fronts import hypervolume, pareto
 from jobs.spec.candidate import Candidate
 from jobs.spec.job import SamplerName
+from jobs.spec.memory import AHEAD, LANES
 from jobs.spec.methods import METHODS, MethodName
 from jobs.spec.protocol import (
     Prepare,
@@ -33,6 +35,7 @@ from jobs.spec.scores import wilson
 from worker.samplers import sampler, startup
 from worker.space import candidate_from, first, plain, plain_number, space
 
+WINDOW = AHEAD * LANES["cpu"]  # candidates that a worker on a CPU has in hand
 Limit = Callable[[Candidate], Candidate]
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -142,35 +145,41 @@ def steps(
     seed: int,
     limit: Limit = lambda one: one,
     name: SamplerName = "tpe",
-    batch: int = 1,
+    ahead: int = 1,
     random: int | None = None,
 ) -> Iterator[Step]:
     """The trials of a search as a job's are: single pass and plain point, then the sampler's.
 
-    `batch` are asked for before the first of them is scored; `random` says how many are so.
+    `ahead` are in hand: the next is asked for when the first of them has been scored; `random`
+    says how many are so.
     """
     study, table = study_of(trials, seed), space(layers, method)
     begin = startup(trials) if random is None else random
-    for start in range(0, trials, batch):
-        asked: list[tuple[Candidate, optuna.Trial | None, float]] = []
-        for number in range(start, min(start + batch, trials)):
-            began = time.process_time()
-            if number < plain_number(method):
-                asked.append((limit(first(layers, method)), None, 0.0))
-                continue
-            if number == plain_number(method):
-                study.enqueue_trial(plain(layers, method))
-            study.sampler = sampler(seed, begin, number, name)
-            trial = study.ask(table)
-            candidate = limit(candidate_from(trial.params, layers, method))
-            asked.append((candidate, trial, time.process_time() - began))
-        for candidate, told, sampling in asked:
-            began = time.process_time()
-            result = score(candidate)
-            if told is not None:
-                prompts = len(result.outcomes) or result.scores.total
-                study.tell(told, [_point(result)[0] * prompts, _point(result)[1]])
-            yield Step(candidate, result, sampling, time.process_time() - began)
+    hand: deque[tuple[Candidate, optuna.Trial | None, float]] = deque()
+    begun = 0
+
+    def ask(number: int) -> tuple[Candidate, optuna.Trial | None, float]:
+        began = time.process_time()
+        if number < plain_number(method):
+            return limit(first(layers, method)), None, 0.0
+        if number == plain_number(method):
+            study.enqueue_trial(plain(layers, method))
+        study.sampler = sampler(seed, begin, number, name)
+        trial = study.ask(table)
+        candidate = limit(candidate_from(trial.params, layers, method))
+        return candidate, trial, time.process_time() - began
+
+    while hand or begun < trials:
+        while len(hand) < ahead and begun < trials:
+            hand.append(ask(begun))
+            begun += 1
+        candidate, told, sampling = hand.popleft()
+        began = time.process_time()
+        result = score(candidate)
+        if told is not None:
+            prompts = len(result.outcomes) or result.scores.total
+            study.tell(told, [_point(result)[0] * prompts, _point(result)[1]])
+        yield Step(candidate, result, sampling, time.process_time() - began)
 
 
 def _point(result: Scored) -> tuple[float, float]:

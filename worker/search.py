@@ -35,8 +35,8 @@ def search(run: Run) -> None:
     """Score candidates until every slot is complete or in the hands of another live worker."""
     prepared = run.prepare()
     studies = _studies(run, prepared.anatomy.layers)
-    search = Search(run, studies, prepared)
-    while search.go_on():
+    hand = Search(run, studies, prepared)
+    while hand.go_on():
         run.lease.check()
     _mend(run, studies)
 
