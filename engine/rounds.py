@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -232,10 +233,20 @@ def _checked(
     for (one, checks), answer in zip(seen, last, strict=True):
         over = answer.ended or checks[-1] == plan.most
         if plan.decided is not None and plan.decided(answer.text):
-            earlier = _answers(decoder, [one.tokens[:check] for check in checks])
-            answer = next(some for some in earlier if plan.decided(some.text))
-            over = True
+            answer, over = _first(decoder, one.tokens, checks, plan.decided), True
         yield one, answer, over
+
+
+def _first(
+    decoder: Decoder, tokens: list[int], checks: list[int], decided: Callable[[str], bool]
+) -> Answer:
+    """The answer at the first of `checks` at which it was decided; at the last one it was, and what
+    is decided stays so."""
+
+    def at(check: int) -> Answer:
+        return _answers(decoder, [tokens[:check]])[0]
+
+    return at(checks[bisect_left(checks, True, key=lambda check: decided(at(check).text))])
 
 
 def _checks(decoder: Decoder, before: int, now: int, most: int) -> list[int]:

@@ -21,4 +21,4 @@ class WorkerSettings(BaseSettings):
     linger_seconds: float = Field(
         default=10.0, ge=0, description="a loaded engine waits so long for the next task"
     )
-    batch: int | None = Field(default=None, ge=1, le=64, description="candidates scored at once")
+    batch: int | None = Field(default=None, ge=1, le=64, description="candidates in hand at once")
