@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.samplers import BaseSampler
 
 from demo import MODEL, prompt_file
 from demo.dataset import read_jsonl
@@ -122,6 +123,19 @@ def study_of(trials: int, seed: int) -> optuna.Study:
     )
 
 
+def point(
+    study: optuna.Study, own: BaseSampler, number: int, layers: int, method: MethodName
+) -> tuple[Candidate, optuna.Trial | None]:
+    """What a job scores as its trial `number`: single pass, plain point, then the sampler's."""
+    if number < plain_number(method):
+        return first(layers, method), None
+    if number == plain_number(method):
+        study.enqueue_trial(plain(layers, method))
+    study.sampler = own
+    trial = study.ask(space(layers, method))
+    return candidate_from(trial.params, layers, method), trial
+
+
 @dataclass(frozen=True)
 class Step:
     """One trial of a search, with the processor seconds of asking for it and of scoring it."""
@@ -153,21 +167,15 @@ def steps(
     `ahead` are in hand: the next is asked for when the first of them has been scored; `random`
     says how many are so.
     """
-    study, table = study_of(trials, seed), space(layers, method)
+    study = study_of(trials, seed)
     begin = startup(trials) if random is None else random
     hand: deque[tuple[Candidate, optuna.Trial | None, float]] = deque()
     begun = 0
 
     def ask(number: int) -> tuple[Candidate, optuna.Trial | None, float]:
         began = time.process_time()
-        if number < plain_number(method):
-            return limit(first(layers, method)), None, 0.0
-        if number == plain_number(method):
-            study.enqueue_trial(plain(layers, method))
-        study.sampler = sampler(seed, begin, number, name)
-        trial = study.ask(table)
-        candidate = limit(candidate_from(trial.params, layers, method))
-        return candidate, trial, time.process_time() - began
+        candidate, trial = point(study, sampler(seed, begin, number, name), number, layers, method)
+        return limit(candidate), trial, time.process_time() - began
 
     while hand or begun < trials:
         while len(hand) < ahead and begun < trials:

@@ -1,9 +1,9 @@
 """The engine's end of the protocol: JSON lines in from one descriptor, out to another.
 
 A thread reads, so that end of file, `stop` and what is added to a request (`more`) are seen while
-it is being computed. The first two
-make every further `Report` call raise `EngineError("stopped")`; a computation that never reports
-is ended by `os._exit` after a grace period: a dead supervisor must not leave a GPU occupied.
+it is being computed. The first two make every further `Report` call raise
+`EngineError("stopped")`; a computation that never reports is ended by `os._exit` after a grace
+period: a dead supervisor must not leave a GPU occupied.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from typing import Any
 from jobs import trials, warm
 from jobs.spec.candidate import Candidate
 from jobs.spec.methods import METHODS, MethodName, turn
-from jobs.spec.protocol import Prepared, Progress, Select, Selected
+from jobs.spec.protocol import Prepared, Select, Selected
 from jobs.trials import Slot
 from worker.run import Run
 from worker.space import first, plain, plain_number
@@ -57,12 +57,7 @@ def point_of(run: Run, studies: Studies, slot: Slot, prepared: Prepared) -> Poin
 def _selected(run: Run, slot: Slot) -> Point:
     """A direction that the engine chooses; nothing else may run there."""
     run.log.line("info", f"trial {slot.number}: choosing a direction ({slot.method})")
-
-    def show(answer: Progress) -> None:
-        text = f"{answer.phase} {answer.done:g}/{answer.total:g}"
-        run.progress("searching", run.searched, run.budget, text)
-
-    found = Selected.model_validate(run.ask(Select(), on_progress=show).value)
+    found = Selected.model_validate(run.ask(Select(), on_progress=run.searching).value)
     why = found.choices[0].model_dump() if found.choices else {}
     return Point(slot.number, slot.method, found.candidate, why, "selected")
 

@@ -13,7 +13,7 @@ from jobs.queue import Claim
 from jobs.spec import scorers
 from jobs.spec.candidate import Candidate
 from jobs.spec.job import JobSpec
-from jobs.spec.memory import CANDIDATES
+from jobs.spec.memory import AHEAD, CANDIDATES
 from jobs.spec.methods import needs_affine, needs_ara, needs_router, recipes
 from jobs.spec.protocol import (
     NOTHING,
@@ -104,6 +104,11 @@ class Run:
         if self.station.engine is not None:
             self.station.engine.add(candidates, finished)
 
+    def searching(self, inner: Progress) -> None:
+        """ "searching k/n", as last counted, with what the engine is at."""
+        text = f"{inner.phase} {inner.done:g}/{inner.total:g}"
+        self.progress("searching", self.searched, self.budget, text)
+
     def _pass_on(self, answer: Progress, to: Callable[[Progress], None] | None) -> None:
         if to is not None:
             to(answer)
@@ -135,9 +140,9 @@ class Run:
             self.station.note_prepared(request, prepared)
         return prepared
 
-    def batch_size(self) -> int:
-        """How many candidates to score in one request."""
-        return self.station.own.batch or CANDIDATES
+    def batch_size(self, lanes: int = 1) -> int:
+        """How many candidates to score in one request, or to have in hand for several lanes."""
+        return self.station.own.batch or (AHEAD * lanes if lanes > 1 else CANDIDATES)
 
     def request_for(self, side: Side, purpose: Purpose) -> Prepare:
         """What makes an engine ready for the job's model, or for the one that it compares with."""

@@ -20,9 +20,8 @@ from sqlalchemy.orm import Session
 
 from jobs import screening, trials
 from jobs.spec import scorers
-from jobs.spec.memory import AHEAD
 from jobs.spec.methods import METHODS, MethodName
-from jobs.spec.protocol import Prepared, Progress, Score, Scored, ScoredBatch
+from jobs.spec.protocol import Prepared, Score, Scored, ScoredBatch
 from jobs.tables import Job
 from worker import spool
 from worker.points import Point, Studies, is_ara, point_of, together
@@ -54,9 +53,7 @@ class Search:
         # A second method's points would wait for a request of their own; a choice of direction is
         # a request itself.
         self._joins = prepared.lanes > 1 and len(methods) == 1 and methods[0] in studies
-        self._size = run.batch_size()
-        if self._joins:
-            self._size = run.station.own.batch or AHEAD * prepared.lanes
+        self._size = run.batch_size(prepared.lanes if self._joins else 1)
         # a full batch of each kind of request in every round
         screened = screening.applies(run.spec, "sampler")
         kinds = {(is_ara(method), method if screened else "") for method in studies}
@@ -135,7 +132,7 @@ class Search:
                 kl_multi="kl_multi" in (*run.spec.objectives, *run.spec.scorers),
             ),
             on_partial=lambda answer: finish(answer.index, answer.scored),
-            on_progress=lambda answer: report(run, answer),
+            on_progress=run.searching,
             after=join,
         )
         scores = ScoredBatch.model_validate(result.value).scored
@@ -233,12 +230,10 @@ def _said(scored: Scored) -> str:
     return ", ".join([*said, f"{scored.seconds:.2f} s"])
 
 
-def report(run: Run, inner: Progress | None = None) -> None:
-    """ "searching k/n", with what the engine is at inside the present batch."""
-    if inner is None:
-        run.searched, run.budget = run.lease.write(partial(_counted, run))
-    text = f"{inner.phase} {inner.done:g}/{inner.total:g}" if inner is not None else ""
-    run.progress("searching", run.searched, run.budget, text)
+def report(run: Run) -> None:
+    """ "searching k/n", counted anew."""
+    run.searched, run.budget = run.lease.write(partial(_counted, run))
+    run.progress("searching", run.searched, run.budget)
 
 
 def _counted(run: Run, session: Session) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from bench.peer.setting import (
     Trial,
 )
 from bench.peer.watch import now, watch
-from bench.search import texts
+from bench.search import point, texts
 from bench.stream import stream
 from engine.heap import return_blocks
 from engine.report import Silent
@@ -34,7 +34,6 @@ from jobs.spec.candidate import Candidate
 from jobs.spec.methods import recipes
 from jobs.spec.protocol import Prepare, Prepared, Scored
 from worker.samplers import sampler, startup
-from worker.space import candidate_from, first, plain, plain_number, space
 
 ROOT = Path(__file__).parents[2]
 FINISHED = "the search has ended"
@@ -75,20 +74,16 @@ def search(setting: Setting, record: Path) -> None:
     return_blocks()  # as an engine process does
     session, method = Session(), METHODS[setting.mode]
     layers = prepare(session, setting).anatomy.layers
-    table = space(layers, method)
     study = optuna.create_study(directions=["minimize", "minimize"])
     asked: dict[int, optuna.Trial] = {}
     finished: list[dict[str, float]] = []
 
     def ask(number: int) -> tuple[Candidate, list[dict[str, float]]]:
-        if number < plain_number(method):
-            return first(layers, method), []
-        if number == plain_number(method):
-            study.enqueue_trial(plain(layers, method))
-        study.sampler = sampler(setting.seed, startup(setting.trials), number)
-        asked[number] = study.ask(table)
-        candidate = candidate_from(asked[number].params, layers, method)
-        return candidate, list(finished) if setting.screening else []
+        own = sampler(setting.seed, startup(setting.trials), number)
+        candidate, trial = point(study, own, number, layers, method)
+        if trial is not None:
+            asked[number] = trial
+        return candidate, list(finished) if setting.screening and trial is not None else []
 
     def tell(number: int, scored: Scored) -> None:
         refusals, kl = scored.scores.refusals, float(scored.scores.kl_first or 0)

@@ -214,7 +214,8 @@ def divergence(
     memory peak.
     """
     rows = max(1, KL_CHUNK // (2 * original.shape[-1]))  # of twice the bytes
-    first, second = first or range(len(original)), second or range(len(edited))
+    first = range(len(original)) if first is None else first
+    second = range(len(edited)) if second is None else second
     sums = []
     for start in range(0, len(first), rows):
         ours = edited[list(second[start : start + rows])].double()

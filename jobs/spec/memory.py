@@ -31,8 +31,8 @@ KL_ROWS = 256  # of one forward that compares distributions
 KL_LOGITS = 1 << 28  # bytes of logits that it makes; more rows gain nothing
 KL_CHUNK = 1 << 24  # float32 logits held at once, in three tensors; half as many in float64
 KL_SHARE = 0.5  # of the free memory, for one such forward
-# Candidates in one request of a worker: on a GPU they share the reading of the weights, on a CPU
-# the lanes (`engine.lanes`) share them out. The sampler loses little by it (docs/search.md).
+# Candidates in one request of a worker: on a GPU they share the reading of the weights. For several
+# lanes (`engine.lanes`) AHEAD are in hand for each. The sampler loses little (docs/search.md).
 CANDIDATES = 8
 LANES: dict[Kind, int] = {"cuda": 1, "cpu": 2}  # batches that are worked on at once, at most
 AHEAD = 3  # candidates in hand for each lane: one that is scored, and so many that none waits

@@ -242,7 +242,7 @@ def test_lanes_end_with_their_process() -> None:
 
 
 def test_progress_is_that_of_all() -> None:
-    both, report = Event(), Counted()
+    both = Event()
 
     def work(item: int, part: Report) -> int:
         part.progress("answers", 3 + item, 10)
