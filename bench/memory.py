@@ -1,10 +1,11 @@
 """Does the estimate before submitting tell how much memory a job takes? Peaks measured by phase.
 
-    python -m bench.memory [--only NAME ...] [--device cpu|cuda] [--keep FOLDER]
+    python -m bench.memory [--only NAME ...] [--device cpu|cuda] [--threads N] [--keep FOLDER]
 
 Builds random-weight models of real proportions, one at a time, in a temporary folder; estimates
 from their headers and configurations alone; and runs the real engine on each in a process of its
-own: prepare, score two candidates three times, export, measure the export. Prints a Markdown table.
+own: prepare, score two candidates three times (of the demo model: those of a search), export,
+measure the export. Prints a Markdown table.
 
 On a CPU the peak of a phase is the process's resident high-water mark (VmHWM of /proc/self/status,
 set back between phases through /proc/self/clear_refs), above what the interpreter with all
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -31,6 +31,7 @@ from typing import Any
 
 import psutil
 
+from demo import MODEL
 from jobs import checkpoints
 from jobs.estimate import figures
 from jobs.needs import OVERHEAD, Phase
@@ -45,12 +46,17 @@ PHASES = {  # what the engine reports -> the phase of the estimate
     "edit bases": "edit bases",
 }
 LOOK = 0.1  # seconds between two looks at the lanes' memory
+THREADS = 2  # of the engine: two lanes on a CPU
 SCORING = ("answers", "divergence")  # one request: their peaks cannot be told apart
 
 
 @dataclass(frozen=True)
 class Case:
-    """One model: how to build its configuration, the dtype of its files, and its job."""
+    """One model: how to build its configuration, the dtype of its files, and its job.
+
+    folder, trials   where the model is instead, and how many candidates of a search are scored:
+                     0, the single pass six times
+    """
 
     name: str
     about: str
@@ -60,6 +66,8 @@ class Case:
     job: dict[str, Any] = field(default_factory=dict)
     prompts: int = 8
     words: int = 0
+    folder: Path | None = None
+    trials: int = 0
 
 
 SMALL = {"vocab_size": 32_000, "tie_word_embeddings": False}
@@ -91,6 +99,12 @@ CASES = (
          {**SMALL, "vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536,
           "num_hidden_layers": 10, "num_attention_heads": 8, "num_key_value_heads": 8},
          words=60),
+    *(Case(f"search-{name}", f"the demo model, 5 M, {name}: 200 trials of 100 answers", "", {},
+           job={"dtype": dtype, "quantization": quantization, "max_new_tokens": 100},
+           prompts=100, folder=Path(MODEL), trials=200)
+      for name, dtype, quantization in (
+          ("float32", "float32", "none"), ("bfloat16", "bfloat16", "none"),
+          ("4bit", "auto", "bnb_4bit"))),
     Case("hybrid", "Qwen3-Next, 0.2 B, 3 of 4 blocks with a constant state, fused experts, bf16",
          "qwen3_next",
          {**SMALL, "hidden_size": 768, "num_hidden_layers": 8, "num_attention_heads": 12,
@@ -228,13 +242,16 @@ def child(request: dict[str, Any]) -> dict[str, Any]:
     import peft  # noqa: F401
     import torch
 
+    from bench.search import drawn
     from engine.chat import Formatter
     from engine.heap import return_blocks
+    from engine.libraries import settle
     from engine.session import Session
     from jobs.spec.candidate import single_pass
     from jobs.spec.protocol import Export, Prepare, Prepared, Score
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    settle()
+    torch.set_num_threads(request["threads"])
     return_blocks()
     meter, session = Meter(request["prepare"]["device"] == "cuda"), Session()
     asked = Prepare.model_validate(request["prepare"])
@@ -243,7 +260,11 @@ def child(request: dict[str, Any]) -> dict[str, Any]:
     longest = _longest(Formatter, asked)
     layers = prepared.anatomy.layers
     meter.fixed = "scoring"
-    for _ in range(3):  # states of the original are kept from the second time on
+    meter.enter("scoring")
+    if request["trials"]:
+        candidates = drawn(layers, request["trials"])
+        session.handle(Score(candidates=candidates, kl_multi=False), meter)
+    for _ in range(0 if request["trials"] else 3):  # states are kept from the second time on
         session.handle(Score(candidates=[single_pass(layers), single_pass(layers)]), meter)
     meter.fixed = ""
     meter.enter("export")
@@ -281,9 +302,11 @@ class Line:
         return self.estimated / self.measured - 1
 
 
-def compare(case: Case, device: Kind, parent: Path) -> tuple[list[Line], dict[str, Any]]:
+def compare(
+    case: Case, device: Kind, parent: Path, threads: int = THREADS
+) -> tuple[list[Line], dict[str, Any]]:
     """Build, run and estimate one case."""
-    folder = parent / case.name
+    folder = case.folder or parent / case.name
     if not (folder / "config.json").is_file():
         build(case, folder)
     spec = specification(case, device)
@@ -293,7 +316,7 @@ def compare(case: Case, device: Kind, parent: Path) -> tuple[list[Line], dict[st
         "system_prompt": spec.system_prompt, "max_new_tokens": spec.max_new_tokens,
     }  # fmt: skip
     asked = parent / f"{case.name}.json"
-    asked.write_text(json.dumps({"prepare": prepare}))
+    asked.write_text(json.dumps({"prepare": prepare, "threads": threads, "trials": case.trials}))
     command = [sys.executable, "-m", "bench.memory", "--child", str(asked)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
@@ -325,6 +348,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=[case.name for case in CASES])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=THREADS)
     parser.add_argument("--keep", type=Path, help="build the models here and leave them")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -336,7 +360,9 @@ def main() -> None:
     peaks: list[str] = []
     for case in (case for case in CASES if case.name in arguments.only):
         with tempfile.TemporaryDirectory() as temporary:
-            lines, found = compare(case, arguments.device, arguments.keep or Path(temporary))
+            lines, found = compare(
+                case, arguments.device, arguments.keep or Path(temporary), arguments.threads
+            )
         for line in lines:
             print(f"| {case.name} | {line.phase} {_row(line)}", flush=True)
         whole = Line(

@@ -136,6 +136,12 @@ def point(
     return candidate_from(trial.params, layers, method), trial
 
 
+def drawn(layers: int, trials: int, seed: int = 0) -> list[Candidate]:
+    """The candidates of a search that learns nothing: all after the first are drawn at random."""
+    study = study_of(trials, seed)
+    return [point(study, sampler(seed, trials, n), n, layers, "mpoa")[0] for n in range(trials)]
+
+
 @dataclass(frozen=True)
 class Step:
     """One trial of a search, with the processor seconds of asking for it and of scoring it."""

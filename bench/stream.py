@@ -13,7 +13,7 @@ from typing import Any
 from engine.report import Silent
 from engine.session import Session
 from jobs.spec.candidate import Candidate
-from jobs.spec.memory import AHEAD, CANDIDATES
+from jobs.spec.memory import CANDIDATES
 from jobs.spec.protocol import More, Score, Scored
 from worker.window import Window
 
@@ -35,9 +35,8 @@ def stream(
     seen(scored)          as soon as the score is known
     fields                further ones of each `Score`
     """
-    lanes = session.ready.decoder.lanes
-    joins = lanes > 1
-    window: Window[int, Scored] = Window(AHEAD * lanes if joins else CANDIDATES)
+    ahead = session.ready.prepared.ahead
+    window: Window[int, Scored] = Window(ahead or CANDIDATES)
     begun = 0
 
     def take() -> Asked:
@@ -50,7 +49,7 @@ def stream(
         window.finish(number, scored)
         while (done := window.next_told()) is not None:
             tell(*done)
-            if joins and begun < trials:
+            if ahead and begun < trials:
                 candidate, finished = take()
                 joining.put(More(of=0, candidates=[candidate], finished=finished))
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from engine.channel import Channel, ChannelReport
 from engine.errors import EngineError
 from engine.heap import return_blocks
+from engine.libraries import settle
 from jobs.spec.protocol import Envelope, Error, Log, Result, Stop
 
 if TYPE_CHECKING:
@@ -28,8 +29,7 @@ def main() -> int:
     parser.add_argument("--read", type=_descriptor, required=True, help="requests come from here")
     parser.add_argument("--write", type=_descriptor, required=True, help="answers go here")
     given = parser.parse_args()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # warns at every fork otherwise
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch: large pages for large tensors
+    settle()
     return_blocks()  # before the first thread has a heap of its own
 
     channel = Channel(given.read, given.write)

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from engine.head import entering_head, head_of
 from engine.shared import begin, editable_cache, leave_empty, read_apart, rest
-from jobs.spec.memory import KL_CHUNK
+from jobs.spec.memory import DRAFT_CHUNK
 
 if TYPE_CHECKING:
     from engine.decode import Decoder
@@ -198,7 +198,7 @@ class Batch:
         with entering_head(decoder.model, partial(_take, seen, keep)):
             decoder.forward(ids, mask, keep, self._cache)
         head, states = head_of(decoder.model), seen[0].flatten(0, 1)
-        rows = max(1, KL_CHUNK // decoder.text_config.vocab_size)
+        rows = max(1, DRAFT_CHUNK // decoder.text_config.vocab_size)
         # In 16 bits a CPU takes three times as long for it.
         chosen = [head(part).float().argmax(-1) for part in torch.split(states, rows)]
         found: list[list[int]] = torch.cat(chosen).view(len(ids), keep).tolist()

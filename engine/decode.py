@@ -117,6 +117,14 @@ class Decoder:
             return 1
         return min(MOST, torch.get_num_threads())
 
+    def group(self, prompts: int) -> int:
+        """How many candidates with so many prompts each share their batches: as many as fit; one
+        where each has a lane, or answers as it does alone only if it is alone."""
+        patch = self.patch
+        if self.lanes > 1 or self.mixes or (patch is not None and not patch.batches):
+            return 1
+        return max(1, self.batch_size // max(1, prompts))
+
     @torch.inference_mode()
     def answers(
         self,

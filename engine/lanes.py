@@ -8,6 +8,7 @@ to all of them, in the same order and at the same turn, so that nothing depends 
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
 import signal
@@ -62,7 +63,9 @@ class Lanes(Generic[Item, Found]):
         work: Callable[[Item, Report], Found],
         learn: Callable[[Found], None] = lambda found: None,
     ) -> None:
+        gc.freeze()  # a lane's collections touch nothing of ours: a page that is touched is copied
         self._lanes = [_fork(work, learn) for _ in range(count)]
+        gc.unfreeze()
         self.lag = AHEAD * count
         self._found: dict[int, Found] = {}  # that has not been taught
         self._begun = self._taught = 0  # items, of all runs

@@ -29,6 +29,7 @@ from engine.scorers.further import Further
 from engine.scorers.refusals import Refusals
 from engine.shortcuts import choose_lower, choose_shortcuts
 from engine.texts import check_texts, context_of, tokenised
+from jobs.spec.memory import AHEAD
 from jobs.spec.protocol import AnatomyReport, Geometry, Prepare, Prepared
 from jobs.spec.scores import Role
 
@@ -174,7 +175,7 @@ def prepare(request: Prepare, report: Report) -> Ready:
         weight_bytes=loaded.weight_bytes,
         source_bytes=loaded.source_bytes,
         batch_size=batch_size,
-        lanes=decoder.lanes,
+        ahead=AHEAD * decoder.lanes if decoder.group(len(prompts["search_harmful"])) == 1 else 0,
         response_prefix=formatter.prefix,
         geometry=None if editing is None else editing.geometry,
         baseline={role: scored.scores for role, scored in found.scored.items()},

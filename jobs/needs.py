@@ -15,14 +15,15 @@ from jobs.spec.memory import (
     CANDIDATES,
     CPU_ROWS,
     CUDA_ROWS,
-    KL_CHUNK,
     LANES,
     STATIONS,
     Kind,
     block_row,
     cache_row,
     compared_rows,
+    comparing_bytes,
     decode_row,
+    drafts_bytes,
     logits_row,
     lower_bytes,
 )
@@ -39,6 +40,9 @@ HOST_BESIDE_CUDA = 2_000_000_000
 # What oneDNN keeps on a CPU of the 16-bit kernels that it makes for each new shape; every expert
 # of a mixture gets a number of tokens of its own. Measured.
 KERNELS, KERNELS_OF_EXPERTS = 50_000_000, 150_000_000
+# What each process that scores comes to hold in a search of 200 trials, measured: holes of its heap
+# and pages that it copied (where it was forked); and of those kernels, of more and more shapes.
+FORKED, KERNELS_OF_SEARCH = 75_000_000, 330_000_000
 SAMPLED = 256  # prompts a side of which ARA keeps every writer's inputs and outputs
 
 
@@ -195,14 +199,18 @@ def _phases(spec: JobSpec, shape: Shape, weights: Weights, work: Workload) -> li
     rows = work.rows(max(work.scored, work.heldout))
     decoded = _decoding(shape, rows, work.prompt, work.new)
     add("baseline", {"bases": bases, "stacks": stacks, **decoded, **originals})
+    grown: dict[str, int] = {}
     if edits:
+        grown["heap"] = FORKED * work.lanes if work.lanes > 1 else 0
+        grown["kernels"] = KERNELS_OF_SEARCH * work.lanes if on_cpu and w == 2 else 0
         rows = work.rows(work.group * work.scored)
         answers = _decoding(shape, rows, work.prompt, work.new)
-        add("answers", {**held, **_beside(answers, work.lanes)})
+        answers["drafts"] = drafts_bytes(shape, rows * work.new)
+        add("answers", {**held, **grown, **_beside(answers, work.lanes)})
         first = replace(work, compared=1)
         compared = _beside(_comparing(shape, first, work.group), work.lanes)
-        add("divergence of trials", {**held, **compared})
-    add("divergence", {**held, **_comparing(shape, work, 1)})
+        add("divergence of trials", {**held, **grown, **compared})
+    add("divergence", {**held, **grown, **_beside(_comparing(shape, work, 1), work.lanes)})
     if edits:
         decoded = _decoding(shape, work.rows(work.scored), work.prompt, work.new)
         scoring = max(decoded, _comparing(shape, work, 1), key=lambda parts: sum(parts.values()))
@@ -230,9 +238,8 @@ def _comparing(shape: Shape, work: Workload, group: int) -> dict[str, int]:
     rows = min(compared_rows(shape, work.compared), work.rows(group * work.scored))
     tokens = work.prompt + work.compared
     originals = -(-rows // group) * logits_row(shape, work.compared)
-    most = max(KL_CHUNK, shape.vocabulary)
-    floats = 3 * FLOAT32 * min(most, 2 * work.compared * shape.vocabulary)
-    logits = rows * logits_row(shape, work.compared) + originals + floats
+    compared = comparing_bytes(rows * work.compared, shape.vocabulary)
+    logits = rows * logits_row(shape, work.compared) + originals + compared
     stream = rows * tokens * shape.hidden * shape.width
     block = rows * block_row(shape, tokens)
     return {"logits": logits + stream} if logits + stream > block else {"activations": block}

@@ -13,7 +13,7 @@ from jobs.queue import Claim
 from jobs.spec import scorers
 from jobs.spec.candidate import Candidate
 from jobs.spec.job import JobSpec
-from jobs.spec.memory import AHEAD, CANDIDATES
+from jobs.spec.memory import CANDIDATES
 from jobs.spec.methods import needs_affine, needs_ara, needs_router, recipes
 from jobs.spec.protocol import (
     NOTHING,
@@ -140,9 +140,9 @@ class Run:
             self.station.note_prepared(request, prepared)
         return prepared
 
-    def batch_size(self, lanes: int = 1) -> int:
-        """How many candidates to score in one request, or to have in hand for several lanes."""
-        return self.station.own.batch or (AHEAD * lanes if lanes > 1 else CANDIDATES)
+    def batch_size(self, usual: int = CANDIDATES) -> int:
+        """How many candidates to have in hand: the operator's setting goes first."""
+        return self.station.own.batch or usual
 
     def request_for(self, side: Side, purpose: Purpose) -> Prepare:
         """What makes an engine ready for the job's model, or for the one that it compares with."""

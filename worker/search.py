@@ -6,8 +6,9 @@ Order of the writes, which is what makes a crash at any point harmless:
 2. `complete`: our row has the scores, once, in one transaction with the event;
 3. `tell`: Optuna learns of it. A crash between 2 and 3 is mended at the next claim.
 
-Where the engine scores side by side, whenever a trial is told the next one joins the request that
-runs, so that it never waits; elsewhere a whole batch is told before the next is asked for.
+Where the engine scores each candidate by itself, whenever a trial is told the next one joins the
+request that runs, so that the engine never waits; where several share a batch, a whole batch is
+told before the next is asked for.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from sqlalchemy.orm import Session
 
 from jobs import screening, trials
 from jobs.spec import scorers
+from jobs.spec.memory import CANDIDATES
 from jobs.spec.methods import METHODS, MethodName
 from jobs.spec.protocol import Prepared, Score, Scored, ScoredBatch
 from jobs.tables import Job
@@ -52,8 +54,8 @@ class Search:
         methods = run.spec.methods
         # A second method's points would wait for a request of their own; a choice of direction is
         # a request itself.
-        self._joins = prepared.lanes > 1 and len(methods) == 1 and methods[0] in studies
-        self._size = run.batch_size(prepared.lanes if self._joins else 1)
+        self._joins = prepared.ahead > 0 and len(methods) == 1 and methods[0] in studies
+        self._size = run.batch_size(prepared.ahead if self._joins else CANDIDATES)
         # a full batch of each kind of request in every round
         screened = screening.applies(run.spec, "sampler")
         kinds = {(is_ara(method), method if screened else "") for method in studies}

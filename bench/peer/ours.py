@@ -28,6 +28,7 @@ from bench.peer.watch import now, watch
 from bench.search import point, texts
 from bench.stream import stream
 from engine.heap import return_blocks
+from engine.libraries import settle
 from engine.report import Silent
 from engine.session import Session
 from jobs.spec.candidate import Candidate
@@ -71,7 +72,8 @@ def prepare(session: Session, setting: Setting) -> Prepared:
 
 def search(setting: Setting, record: Path) -> None:
     """The search of a job: single pass, plain point, then TPE; as many in hand as a worker has."""
-    return_blocks()  # as an engine process does
+    settle()  # as an engine process does
+    return_blocks()
     session, method = Session(), METHODS[setting.mode]
     layers = prepare(session, setting).anatomy.layers
     study = optuna.create_study(directions=["minimize", "minimize"])

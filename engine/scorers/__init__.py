@@ -104,16 +104,16 @@ def score(
     """The scores of each of `edits`; of the model as it is (one) where there are none.
 
     on_scored   called with the place of an edit and its scores as soon as they are known
-    lanes       processes of `score_share` and `learn`, where each edit is scored by itself
+    lanes       processes of `score_share` and `learn`
     more        asked for further edits, whose places follow, before it runs out of them
     """
     scored: dict[int, Scored] = {}
-    waiting = deque(_shares(decoder, prompts, edits, asked, lanes is not None))
+    waiting = deque(_shares(decoder, prompts, edits, asked))
     begun: list[range] = []  # places of the edits of each share
 
     def following() -> Share | None:
         for added, wanted in more():
-            waiting.extend(_shares(decoder, prompts, added, wanted, lanes is not None))
+            waiting.extend(_shares(decoder, prompts, added, wanted))
         if not waiting:
             return None
         share = waiting.popleft()
@@ -138,12 +138,9 @@ def score(
     return [scored[place] for place in sorted(scored)]
 
 
-def _shares(
-    decoder: Decoder, prompts: RoleSet, edits: Sequence[Edit], asked: Asked, beside: bool
-) -> list[Share]:
-    """Edits by what shares batches: as many as fit into one, side by side each alone."""
-    apart = beside or decoder.mixes or (decoder.patch is not None and not decoder.patch.batches)
-    size = 1 if apart else max(1, decoder.batch_size // max(1, len(prompts.harmful)))
+def _shares(decoder: Decoder, prompts: RoleSet, edits: Sequence[Edit], asked: Asked) -> list[Share]:
+    """Edits by what shares batches."""
+    size = decoder.group(len(prompts.harmful))
     return [
         Share(prompts.role, edits[at : at + size], asked, decoder.batch_size)
         for at in range(0, max(1, len(edits)), size)

@@ -30,10 +30,10 @@ from engine.decode import ORIGINAL, Answer, Decoder
 from engine.ending import only_last
 from engine.head import entering_head
 from engine.lower import padded
-from engine.memory import FLOAT32, Shape, forward_row, free_bytes
+from engine.memory import Shape, forward_row, free_bytes
 from engine.report import Report
 from engine.shared import begin, editable_cache, rest
-from jobs.spec.memory import KL_CHUNK, KL_SHARE, compared_rows
+from jobs.spec.memory import KL_CHUNK, KL_SHARE, compared_rows, comparing_bytes
 
 if TYPE_CHECKING:
     from engine.edit import Edit
@@ -213,7 +213,7 @@ def divergence(
     1e-7 nats: as much as a small edit. A chunk of rows at a time: copies of all logits would be the
     memory peak.
     """
-    rows = max(1, KL_CHUNK // (2 * original.shape[-1]))  # of twice the bytes
+    rows = max(1, KL_CHUNK // original.shape[-1])
     first = range(len(original)) if first is None else first
     second = range(len(edited)) if second is None else second
     sums = []
@@ -245,9 +245,9 @@ def _rows(decoder: Decoder, inputs: Sequence[list[int]], counts: Sequence[int]) 
     """Rows of one forward: the original's logits come on top of the edited ones."""
     shape = Shape.of(decoder.model.config, _width(decoder.model))
     row = forward_row(shape, max(map(len, inputs)), 2 * max(counts))
-    floats = 3 * FLOAT32 * max(KL_CHUNK, shape.vocabulary)
-    free = free_bytes(decoder.device) // decoder.sharing - floats
     rows = compared_rows(shape, max(counts))
+    compared = comparing_bytes(rows * max(counts), shape.vocabulary)
+    free = free_bytes(decoder.device) // decoder.sharing - compared
     return max(1, min(decoder.batch_size, rows, int(free * KL_SHARE) // row))
 
 

@@ -29,10 +29,13 @@ CUDA_ROWS = 1024  # beyond this decoding is bound by arithmetic and gains nothin
 CPU_ROWS = 128  # a CPU is bound by arithmetic much earlier
 KL_ROWS = 256  # of one forward that compares distributions
 KL_LOGITS = 1 << 28  # bytes of logits that it makes; more rows gain nothing
-KL_CHUNK = 1 << 24  # float32 logits held at once, in three tensors; half as many in float64
+KL_CHUNK = 1 << 20  # numbers of each of two sides that are compared at once, in float64
+KL_TENSORS = 8  # of such a chunk
+DRAFT_CHUNK = 1 << 24  # logits of drafts that are made at once
 KL_SHARE = 0.5  # of the free memory, for one such forward
-# Candidates in one request of a worker: on a GPU they share the reading of the weights. For several
-# lanes (`engine.lanes`) AHEAD are in hand for each. The sampler loses little (docs/search.md).
+# Candidates in one request of a worker: on a GPU they share the reading of the weights. Where each
+# is scored by itself AHEAD are in hand for each lane (`engine.lanes`). The sampler loses little
+# (docs/search.md).
 CANDIDATES = 8
 LANES: dict[Kind, int] = {"cuda": 1, "cpu": 2}  # batches that are worked on at once, at most
 AHEAD = 3  # candidates in hand for each lane: one that is scored, and so many that none waits
@@ -88,6 +91,18 @@ def compared_rows(shape: Shape, positions: int) -> int:
     The original's logits come on top of the edited ones, at worst as many.
     """
     return max(1, min(KL_ROWS, KL_LOGITS // max(1, 2 * logits_row(shape, positions))))
+
+
+def comparing_bytes(positions: int, vocabulary: int) -> int:
+    """Bytes of comparing the distributions of two models at so many positions, besides logits."""
+    return KL_TENSORS * 2 * FLOAT32 * min(max(KL_CHUNK, vocabulary), positions * vocabulary)
+
+
+def drafts_bytes(shape: Shape, positions: int) -> int:
+    """Bytes of the logits of drafts at so many positions: a chunk, and its copy in float32."""
+    copied = FLOAT32 if shape.width < FLOAT32 else 0
+    numbers = min(max(DRAFT_CHUNK, shape.vocabulary), positions * shape.vocabulary)
+    return numbers * (shape.width + copied)
 
 
 def fitting(free: int, per_row: int, kind: Kind) -> int:

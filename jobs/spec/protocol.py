@@ -287,7 +287,11 @@ class Prepared(BaseModel):
     weight_bytes: int = Field(description="bytes of the loaded weights")
     source_bytes: int = Field(description="bytes of the same weights in bf16")
     batch_size: int
-    lanes: int = Field(default=1, description="candidates that are scored side by side")
+    ahead: int = Field(
+        default=0,
+        description="candidates to have in hand where each is scored by itself, so that the engine "
+        "never waits for the next; 0: they come in batches",
+    )
     response_prefix: str = ""
     geometry: Geometry | None = None
     baseline: dict[Role, Scores]

@@ -33,7 +33,7 @@ class Stage:
     folder: Path
     stack: contextlib.ExitStack
     delay: float = 0.02
-    lanes: int = 1
+    lanes: int = 0
     workers: list[WorkerProcess] = field(default_factory=list)
 
     @property

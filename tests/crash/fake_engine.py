@@ -216,7 +216,7 @@ def prepare(request: dict[str, Any], lanes: int) -> dict[str, Any]:
         "weight_bytes": 10,
         "source_bytes": 20,
         "batch_size": 4,
-        "lanes": lanes,
+        "ahead": 3 * lanes,
         "baseline": baseline,
         "baseline_outcomes": outcomes,
     }
@@ -269,7 +269,7 @@ def main() -> None:
     parser.add_argument("--write", type=int, required=True)
     parser.add_argument("--orders", type=Path, required=True)
     parser.add_argument("--delay", type=float, default=0.01)
-    parser.add_argument("--lanes", type=int, default=1)
+    parser.add_argument("--lanes", type=int, default=0, help="0: candidates share a batch")
     given = parser.parse_args()
     leaked = [name for name in os.environ if "DATABASE" in name or "SECRET" in name]
     if leaked:
@@ -339,7 +339,8 @@ def score(
     done: dict[int, dict[str, Any]] = {}
     known = own
     while waiting:
-        index, candidate, finished = waiting.pop(min(len(waiting) - 1, len(done) % given.lanes))
+        place = len(done) % max(1, given.lanes)
+        index, candidate, finished = waiting.pop(min(len(waiting) - 1, place))
         if not working(channel, orders, number, given.delay):
             return
         role = request["role"]

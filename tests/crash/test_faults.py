@@ -27,7 +27,7 @@ pytestmark = pytest.mark.crash
 rarely = pytest.mark.slow  # what other tests show too, or take long to show
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("lanes", [0, 1, 2])
 def test_engine_killed_once(stage: Stage, lanes: int) -> None:
     """Also while candidates join the request that runs."""
     stage.lanes = lanes
@@ -204,7 +204,7 @@ def test_sigterm_hands_the_task_back_at_once(stage: Stage) -> None:
     stage.check(job_id)
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("lanes", [0, 2])
 def test_pause_resume_cancel(stage: Stage, lanes: int) -> None:
     stage.lanes = lanes
     stage.delay = 0.1

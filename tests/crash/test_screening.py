@@ -28,7 +28,7 @@ def dominators(row: Trial, rows: list[Trial]) -> list[Trial]:
     ]
 
 
-@pytest.mark.parametrize(("methods", "lanes"), [(METHODS, 1), (["mpoa"], 2)])
+@pytest.mark.parametrize(("methods", "lanes"), [(METHODS, 0), (["mpoa"], 2)])
 def test_trials_are_screened_by_their_own_method_through_deaths(
     stage: Stage, methods: list[str], lanes: int
 ) -> None:

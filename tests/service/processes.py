@@ -126,7 +126,7 @@ def worker(
         started.end()
 
 
-def fake_engine(orders: Path, delay: float = 0.01, lanes: int = 1) -> list[str]:
+def fake_engine(orders: Path, delay: float = 0.01, lanes: int = 0) -> list[str]:
     """The command of the fake engine; `orders` is where its faults are ordered."""
     orders.mkdir(parents=True, exist_ok=True)
     return [

@@ -67,7 +67,7 @@ def test_prepare_and_score(tmp_path: Path) -> None:
 def test_candidates_join_the_request_that_runs(tmp_path: Path) -> None:
     """Its own come back in the result, all of them as partials; too late, they are dropped."""
     engine = EngineProcess(fake_engine(tmp_path, delay=0.1, lanes=2))
-    assert Prepared.model_validate(last(engine, PREPARE).value).lanes == 2
+    assert Prepared.model_validate(last(engine, PREPARE).value).ahead == 6
     seen: list[int] = []
     batch = ScoredBatch(scored=[])
     for answer in engine.request(SCORE, never):

@@ -1,0 +1,19 @@
+"""How torch and what is below it behave in an engine: settings that they read at first use."""
+
+from __future__ import annotations
+
+import os
+
+SETTINGS = {
+    "TOKENIZERS_PARALLELISM": "false",  # it warns at every fork otherwise
+    "THP_MEM_ALLOC_ENABLE": "1",  # torch: large pages for large tensors
+    # oneDNN makes kernels of half a megabyte for each new shape of a product in 16 bits, and keeps
+    # a thousand. Making them again takes a quarter of a millisecond each (bench/memory.md).
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+}
+
+
+def settle() -> None:
+    """Set them, before torch is used; what the environment says goes first."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
