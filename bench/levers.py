@@ -1,6 +1,6 @@
 """What does each lever of speed bring, alone and with the others?
 
-    python -m bench.levers [--trials 40] [--seed 0] [--model PATH] [--threads 1]
+    python -m bench.levers [--trials 40] [--seed 0] [--model PATH] [--threads 2]
 
 The same candidates, those that a search asks for, are scored by the engine with one lever after the
 other, and at last by all. The first row is the slow twin: `generate` of transformers for the
@@ -8,7 +8,9 @@ answers, whole, and the same forward for the divergence. All must give the same 
 divergences; the script ends with an error where they do not.
 
 Prints a Markdown table: processor seconds a trial (of one thread: the duration on a quiet machine),
-forwards, and tokens that went through a whole model (a block passed by one of L is 1/L of it).
+forwards, and tokens that went through a whole model (a block passed by one of L is 1/L of it). A
+second one, of seconds a trial: what more threads bring to one candidate after the other, and to
+several side by side, with all levers.
 """
 
 from __future__ import annotations
@@ -49,21 +51,33 @@ class Work:
 
 @dataclass(frozen=True)
 class Levers:
-    """Which levers are used. `early`: answers stop when they are decided."""
+    """Which levers are used.
+
+    early    answers stop when they are decided
+    drafts   earlier answers are verified (`engine.drafts`)
+    shares   what all prompts begin with is read once, the rest apart (`engine.shared`)
+    lower    the original's states below the edit are kept (`engine.lower`)
+    ending   the end of the last block is for the last tokens alone (`engine.ending`)
+    """
 
     name: str
     early: bool = False
     drafts: bool = False
+    shares: bool = False
     lower: bool = False
+    ending: bool = False
 
 
 TABLE = (
     Levers("decode loop"),
     Levers("stop when decided", early=True),
+    Levers("the ending", ending=True),
     Levers("drafts", drafts=True),
+    Levers("drafts, shared beginnings", drafts=True, shares=True),
     Levers("drafts, kept states", drafts=True, lower=True),
-    Levers("all", early=True, drafts=True, lower=True),
+    Levers("all", early=True, drafts=True, shares=True, lower=True, ending=True),
 )
+DTYPES = ("float32", "bfloat16")
 
 
 def main() -> None:
@@ -72,11 +86,11 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", default=str(MODEL))
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(1)
     session = Session()
-    prepare(session, path=given.model)
+    prepare(session, path=given.model, dtype="float32")
     candidates = asked(session, given.trials, given.seed)
     print("| levers | seconds a trial | against `generate` | forwards | tokens |")
     print("|---|---|---|---|---|")
@@ -90,6 +104,27 @@ def main() -> None:
         print(_line(levers.name, seconds, slow, work, given.trials), flush=True)
         if not all(_same(one, other) for one, other in zip(found, truth, strict=True)):
             sys.exit(f"{levers.name}: other scores than those of generate")
+    print(f"\n| dtype | one thread | {given.threads} threads | {given.threads} threads, lanes |")
+    print("|---|---|---|---|")
+    for dtype in DTYPES:
+        cells = [f"{span:.3f}" for span in spans(given.model, dtype, candidates, given.threads)]
+        print(f"| {dtype} | {' | '.join(cells)} |", flush=True)
+
+
+def spans(model: str, dtype: str, candidates: list[Candidate], threads: int) -> list[float]:
+    """Seconds a trial: of one thread, of several threads, and of as many as they may have lanes."""
+    found = []
+    for count, together in ((1, 1), (threads, 1), (threads, len(candidates))):
+        torch.set_num_threads(count)
+        session = Session()
+        prepare(session, path=model, dtype=dtype)
+        began = time.monotonic()
+        for at in range(0, len(candidates), together):
+            some = candidates[at : at + together]
+            session.handle(Score(candidates=some, kl_multi=False), Silent())
+        found.append((time.monotonic() - began) / len(candidates))
+        session.close_lanes()
+    return found
 
 
 def asked(session: Session, trials: int, seed: int) -> list[Candidate]:
@@ -135,13 +170,15 @@ def generated(session: Session, candidate: Candidate) -> Found:
 def using(session: Session, levers: Levers) -> Iterator[None]:
     """Within the block the engine has these levers, and remembers nothing from before."""
     decoder = session.ready.decoder
-    saved = decoder.drafts, decoder.lower
+    saved = decoder.drafts, decoder.shares, decoder.lower, decoder.ending
     decoder.drafts = Drafts() if levers.drafts else None
+    decoder.shares = levers.shares
     decoder.lower = Lower(session.ready.anatomy, 0) if levers.lower else None
+    decoder.ending = saved[-1] if levers.ending else None
     try:
         yield
     finally:
-        decoder.drafts, decoder.lower = saved
+        decoder.drafts, decoder.shares, decoder.lower, decoder.ending = saved
 
 
 def timed(

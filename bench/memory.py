@@ -24,7 +24,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -220,11 +219,11 @@ class Meter:
         own = psutil.Process()
         while True:
             time.sleep(LOOK)
-            held = 0
-            for process in (own, *lanes) if (lanes := own.children()) else ():
-                with suppress(psutil.Error):
-                    held += process.memory_full_info().pss
-            self._beside = max(self._beside, held)
+            held = [_held(process.pid) for process in (own, *own.children())]
+            if len(held) > 1:
+                # the pages of files are the same in all
+                whole = sum(own for own, _ in held) + max(mapped for _, mapped in held)
+                self._beside = max(self._beside, whole)
 
     def _reset(self) -> None:
         self._beside = 0
@@ -236,6 +235,18 @@ class Meter:
             Path("/proc/self/clear_refs").write_text("5")
 
 
+def _held(pid: int) -> tuple[int, int]:
+    """Bytes of a process, what others have too counted in shares; and of files that it has mapped,
+    whoever else has."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    except OSError:
+        return 0, 0  # it has ended
+    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    mapped = kilobytes["Rss"] - kilobytes["Anonymous"]
+    return 1024 * kilobytes["Pss_Anon"], 1024 * mapped
+
+
 def child(request: dict[str, Any]) -> dict[str, Any]:
     """Run the engine on one case; peaks and seconds by phase."""
     import bitsandbytes  # noqa: F401  loaded by the engine when it is needed: libraries here
@@ -243,6 +254,7 @@ def child(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from bench.search import drawn
+    from bench.stream import stream
     from engine.chat import Formatter
     from engine.heap import return_blocks
     from engine.libraries import settle
@@ -262,8 +274,8 @@ def child(request: dict[str, Any]) -> dict[str, Any]:
     meter.fixed = "scoring"
     meter.enter("scoring")
     if request["trials"]:
-        candidates = drawn(layers, request["trials"])
-        session.handle(Score(candidates=candidates, kl_multi=False), meter)
+        points = [(candidate, list[Any]()) for candidate in drawn(layers, request["trials"])]
+        stream(session, len(points), points.__getitem__, lambda *_: None, kl_multi=False)
     for _ in range(0 if request["trials"] else 3):  # states are kept from the second time on
         session.handle(Score(candidates=[single_pass(layers), single_pass(layers)]), meter)
     meter.fixed = ""

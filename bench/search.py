@@ -15,6 +15,8 @@ from optuna.samplers import BaseSampler
 
 from demo import MODEL, prompt_file
 from demo.dataset import read_jsonl
+from engine.heap import return_blocks
+from engine.libraries import settle
 from engine.report import Silent
 from engine.session import Session
 from jobs.fronts import hypervolume, pareto
@@ -72,7 +74,9 @@ def texts() -> PromptTexts:
 
 
 def prepare(session: Session, **more: Any) -> Prepared:
-    """Prepare the demo model, on the CPU or the GPU that is there."""
+    """Prepare the demo model as an engine does, on the CPU or the GPU that is there."""
+    settle()
+    return_blocks()
     fields = {"model": "demo", "path": str(Path(MODEL)), "prompts": texts(), "max_new_tokens": 48}
     prepared = session.handle(Prepare.model_validate(fields | more), Silent())
     assert isinstance(prepared, Prepared)

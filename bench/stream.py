@@ -67,8 +67,11 @@ def stream(
         def added() -> list[More]:
             return [joining.get() for _ in range(joining.qsize())]
 
-        candidates = [candidate for candidate, _ in waiting]
-        asked = Score(candidates=candidates, finished=waiting[0][1], **fields)
+        if ahead:  # each is screened by what was finished when it was asked for
+            for candidate, finished in waiting[1:]:
+                joining.put(More(of=0, candidates=[candidate], finished=finished))
+        own = [candidate for candidate, _ in (waiting[:1] if ahead else waiting)]
+        asked = Score(candidates=own, finished=waiting[0][1], joined=ahead > 0, **fields)
         session.handle(asked, Telling(), added)
         for each in settled:
             each.result()

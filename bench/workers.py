@@ -17,6 +17,7 @@ to `--rows` as JSON, and what stands there is not run again. Prints Markdown: ru
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import tempfile
 import uuid
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, help="finished runs")
     parser.add_argument("--quiet", action="store_true", help="only on a machine without a load")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and what it started, with it
     given.device = machine.device_here(given.device)
     devices = torch.cuda.device_count() if given.device == "cuda" else psutil.cpu_count()
     if max(given.workers) > devices:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -29,6 +28,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from engine.errors import EngineError
+from engine.parcel import packed, unpacked
 from engine.report import Report
 from jobs.spec.memory import AHEAD, LANES
 from jobs.spec.protocol import Scored
@@ -54,7 +54,7 @@ class Lanes(Generic[Item, Found]):
     learn(found)        runs in every lane, for whatever any of them found
     lag                 items after which what one of them taught is known, at most: enough that no
                         lane waits, and the same whoever is faster (see `known`)
-    Items and what is found go through pipes: they must be picklable.
+    Items and what is found go through pipes, by value (`engine.parcel`).
     """
 
     def __init__(
@@ -63,13 +63,20 @@ class Lanes(Generic[Item, Found]):
         work: Callable[[Item, Report], Found],
         learn: Callable[[Found], None] = lambda found: None,
     ) -> None:
-        gc.freeze()  # a lane's collections touch nothing of ours: a page that is touched is copied
-        self._lanes = [_fork(work, learn) for _ in range(count)]
-        gc.unfreeze()
+        self._lanes: list[_Lane] = []
         self.lag = AHEAD * count
         self._found: dict[int, Found] = {}  # that has not been taught
         self._begun = self._taught = 0  # items, of all runs
         self.close = weakref.finalize(self, _end, self._lanes, os.getpid())
+        gc.freeze()  # a lane's collections touch nothing of ours: a page that is touched is copied
+        try:
+            for _ in range(count):
+                self._lanes.append(_fork(work, learn))
+        except OSError:
+            self.close()
+            raise
+        finally:
+            gc.unfreeze()
 
     @property
     def alive(self) -> bool:
@@ -147,14 +154,14 @@ class _Lane:
     def send(self, kind: str, what: Any) -> None:
         """A message to it."""
         try:
-            self.pipe.send((kind, what))
+            self.pipe.send_bytes(packed((kind, what)))
         except OSError as error:
             raise _gone() from error
 
     def receive(self) -> Any:
         """A message from it."""
         try:
-            return self.pipe.recv()
+            return unpacked(self.pipe.recv_bytes())
         except (EOFError, OSError) as error:
             raise _gone() from error
 
@@ -241,7 +248,12 @@ def _serve(
     threading.Thread(target=_work, args=(messages, pipe, work, learn), daemon=True).start()
     with suppress(EOFError, OSError):
         while True:
-            messages.put(pipe.recv())
+            parcel = pipe.recv_bytes()
+            try:
+                messages.put(unpacked(parcel))
+            except BaseException as error:
+                _send_error(pipe, error)
+                raise
 
 
 def _work(
@@ -258,7 +270,7 @@ def _work(
                 continue
             place, item, threads = what
             torch.set_num_threads(threads)
-            pipe.send(("found", place, work(item, _Part(pipe, place))))
+            pipe.send_bytes(packed(("found", place, work(item, _Part(pipe, place)))))
     except BaseException as error:
         with suppress(OSError):
             _send_error(pipe, error)
@@ -268,10 +280,10 @@ def _send_error(pipe: Connection, error: BaseException) -> None:
     """The error itself where it can be sent, else what it says."""
     detail = "".join(traceback.format_exception(error))
     try:
-        pickle.loads(pickle.dumps(error))
+        unpacked(packed(error))
     except Exception:  # what cannot be pickled, we cannot list
         error = EngineError("engine_failed", f"{type(error).__name__}: {error}", "", detail)
-    pipe.send(("failed", 0, error))
+    pipe.send_bytes(packed(("failed", 0, error)))
 
 
 class _Part:
@@ -287,12 +299,15 @@ class _Part:
         if phase == self._phase and done < total and now - self._sent < POLL:
             return
         self._phase, self._sent = phase, now
-        self._pipe.send(("progress", self._place, (phase, done, total, text)))
+        self._send("progress", (phase, done, total, text))
 
     def log(self, text: str, level: str = "info") -> None:
         """A line for the task's log."""
-        self._pipe.send(("log", self._place, (text, level)))
+        self._send("log", (text, level))
 
     def partial(self, index: int, text: str = "", scored: Scored | None = None) -> None:
         """A piece of an answer, or one candidate's finished score."""
-        self._pipe.send(("partial", self._place, (index, text, scored)))
+        self._send("partial", (index, text, scored))
+
+    def _send(self, kind: str, what: Any) -> None:
+        self._pipe.send_bytes(packed((kind, self._place, what)))

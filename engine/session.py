@@ -149,13 +149,14 @@ class Session:
             ]
 
         ready.decoder.reserve(len(longest), new)
+        several = request.joined or len(edits) > 1 or self._lanes is not None
         asked = Asked(
             new, not request.whole, request.kl_multi, request.scorers, ready.baseline.further,
             request.finished,
         )  # fmt: skip
         score(
             ready.decoder, role, edits, ready.refusals, asked, report, send,
-            self._beside() if len(edits) > 1 or self._lanes is not None else None, more,
+            self._beside() if several else None, more,
         )  # fmt: skip
         return ScoredBatch(scored=[own[index] for index in range(len(edits))])
 

@@ -78,7 +78,7 @@ def seconds(
     device = device_of(name)
     if device is None or spec.kind == "benchmark":
         return None
-    work = Workload.of(spec, kind, prompt, CANDIDATES if roomy else 1)
+    work = Workload.of(spec, weights, kind, prompt, CANDIDATES if roomy else 1)
     computed, moved = REACHED[kind]
     loaded = weights.loaded(spec.quantization, width_of(spec, kind))
     slowed = 1.0 if spec.quantization == "none" else DEQUANTISED

@@ -27,7 +27,7 @@ from jobs.spec.memory import (
     logits_row,
     lower_bytes,
 )
-from jobs.spec.methods import METHODS
+from jobs.spec.methods import METHODS, needs_router
 from jobs.spec.shape import FLOAT32, Shape
 from jobs.weights import Weights
 
@@ -90,9 +90,14 @@ class Workload:
     together: int = 1
 
     @classmethod
-    def of(cls, spec: JobSpec, kind: Kind, prompt: int, candidates: int) -> Workload:
+    def of(
+        cls, spec: JobSpec, weights: Weights, kind: Kind, prompt: int, candidates: int
+    ) -> Workload:
         """What `spec` asks of the engine on a device of this kind, with so many candidates."""
         scored, cap = spec.prompts.search, CUDA_ROWS if kind == "cuda" else CPU_ROWS
+        # `Decoder.lanes`: not where an edit rewrites weights, nor where rows of a batch mix
+        alone = spec.quantization == "bnb_8bit" or weights.stacked or needs_router(spec.methods)
+        lanes = 1 if alone or spec.kind != "abliterate" else LANES[kind]
         return cls(
             kind=kind,
             prompt=prompt,
@@ -102,7 +107,7 @@ class Workload:
             scored=scored,
             heldout=spec.prompts.heldout,
             group=min(candidates, max(1, cap // scored)) if kind == "cuda" else 1,
-            lanes=min(LANES[kind], candidates),
+            lanes=min(lanes, candidates),
             together=candidates,
         )
 
@@ -122,11 +127,11 @@ def need(spec: JobSpec, shape: Shape, weights: Weights, kind: Kind, prompt: int)
     """The phases of `spec`, with prompts of up to `prompt` tokens, template included."""
     width = width_of(spec, kind)
     shape = replace(shape, width=width)
-    work = Workload.of(spec, kind, prompt, 1 if kind == "cuda" else CANDIDATES)
+    work = Workload.of(spec, weights, kind, prompt, 1 if kind == "cuda" else CANDIDATES)
     phases = _phases(spec, shape, weights, work)
     decides = _peak(phases)
-    single = replace(work, side=1, scored=1, heldout=1, group=1, lanes=1, together=1)
-    whole = Workload.of(spec, kind, prompt, CANDIDATES)
+    single = replace(work, side=1, scored=1, heldout=1, group=1, together=1)
+    whole = Workload.of(spec, weights, kind, prompt, CANDIDATES)
     host = decides.bytes if kind == "cpu" else HOST_BESIDE_CUDA + _host(spec, shape, weights, work)
     return Need(
         kind=kind,

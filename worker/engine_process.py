@@ -132,6 +132,8 @@ class EngineProcess:
             if answer.id != number:
                 continue  # a late word of an earlier request
             if isinstance(answer, Error):
+                if answer.reason == "engine_died":  # a process of its own
+                    raise EngineDied(answer.message, list(self.last_lines))
                 raise EngineError.of(answer)
             yield answer
             if isinstance(answer, Result):

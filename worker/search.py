@@ -121,7 +121,8 @@ class Search:
             if not self._joins:
                 return
             self._settle()
-            new = [point for point in self._window.open if point not in asked[-self._size :]]
+            known = {point.number for point in asked}
+            new = [point for point in self._window.open if point.number not in known]
             for group in together(new, self._size):
                 run.add([point.candidate for point in group], group[0].finished)
                 asked.extend(group)
@@ -132,6 +133,7 @@ class Search:
                 finished=batch[0].finished,
                 scorers=scorers.of_trials(run.spec.objectives, run.spec.scorers),
                 kl_multi="kl_multi" in (*run.spec.objectives, *run.spec.scorers),
+                joined=self._joins,
             ),
             on_partial=lambda answer: finish(answer.index, answer.scored),
             on_progress=run.searching,

@@ -1,8 +1,9 @@
 """The engine protocol: JSON lines over two dedicated pipes, one message a line.
 
 The supervisor starts `python -m engine --read FD --write FD` and sends one request at a time.
-The engine answers any number of `Progress` and `Log` messages and then exactly one `Result` or
-`Error` with the request's id. End of file on the engine's read pipe means: stop at once.
+The engine answers any number of `Progress`, `Log` and `Partial` messages and then exactly one
+`Result` or `Error` with the request's id. Only `More` is sent while another request runs, and has
+no answer of its own. End of file on the engine's read pipe means: stop at once.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ class Score(BaseModel):
     kl_multi  the KL over several tokens as well as at the first
     finished  objectives of finished trials by name, refusals as a rate: a candidate that one of
               them dominates whatever it answers is not decoded as a whole (`Scored.screened`)
+    joined    others will join the candidates while they are scored (`More`)
     """
 
     op: Literal["score"] = "score"
@@ -113,6 +115,7 @@ class Score(BaseModel):
     whole: bool = False
     kl_multi: bool = True
     finished: list[dict[str, float]] = []
+    joined: bool = False
 
 
 class More(BaseModel):
@@ -400,7 +403,7 @@ class Log(BaseModel):
 class Partial(BaseModel):
     """A piece of a streamed answer to `respond`, or one candidate's finished score.
 
-    `index` is the prompt's (or candidate's) place in the request.
+    `index` is the prompt's (or candidate's) place in the request, those that joined behind it.
     """
 
     type: Literal["partial"] = "partial"

@@ -309,7 +309,9 @@ def test_lanes_give_the_scores_of_one_after_the_other(session: Session) -> None:
     alone = scored(session, candidates, 1)
     assert len({one.outcomes[0].text for one in alone}) > 2
     assert set(psutil.Process().children()) == others, "one thread has no lanes"
+    descriptors = list[int]()
     for _ in range(6):
+        descriptors.append(psutil.Process().num_fds())
         for one, truth in zip(scored(session, candidates, 2), alone, strict=True):
             assert one.outcomes == truth.outcomes
             assert one.scores.refusals == truth.scores.refusals
@@ -317,6 +319,7 @@ def test_lanes_give_the_scores_of_one_after_the_other(session: Session) -> None:
             assert one.scores.kl_multi == pytest.approx(truth.scores.kl_multi, abs=1e-6)
     lanes = set(psutil.Process().children()) - others
     assert len(lanes) == 2, "the same ones, round after round"
+    assert descriptors[-1] == descriptors[1] <= descriptors[0] + 2, "a pipe each"
     session.handle(Respond(prompts=["How?"], max_new_tokens=2), Silent())
     assert set(psutil.Process().children()) == others, "they end when something else is asked for"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -101,6 +102,17 @@ def test_death_is_told_with_the_signal_and_the_last_words(tmp_path: Path) -> Non
     assert "SIGKILL" in caught.value.message
     assert caught.value.detail == "the last words"
     assert not engine.alive
+
+
+def test_the_death_of_a_process_of_the_engine_is_its_own(tmp_path: Path) -> None:
+    """Of a lane, for example: the task is tried again, as after the engine's own."""
+    engine = EngineProcess(fake_engine(tmp_path))
+    last(engine, PREPARE)
+    said = {"reason": "engine_died", "message": "a lane was ended", "mend": ""}
+    (tmp_path / "refuse-score").write_text(json.dumps(said))
+    with pytest.raises(EngineDied, match="a lane was ended"):
+        last(engine, SCORE)
+    engine.end(5)
 
 
 def test_a_command_that_is_no_engine(tmp_path: Path) -> None:
