@@ -18,6 +18,6 @@ SETTINGS = {
 
 
 def settle() -> None:
-    """Set them, before torch is imported; what the environment says goes first."""
+    """Set them, before torch is imported; what is set already stays."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)

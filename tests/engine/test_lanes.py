@@ -375,7 +375,7 @@ def test_nothing_joins_what_does_not_run(session: Session) -> None:
 
 
 def test_two_fresh_sessions_give_the_same_bits(tiny_folder: Path) -> None:
-    """Whoever is faster: nothing is learned before both have ended."""
+    """Whoever is faster: what is known of earlier candidates is a matter of their places."""
     runs = []
     for _ in range(2):
         session = Session()

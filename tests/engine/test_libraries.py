@@ -18,7 +18,7 @@ def test_nothing_that_reads_them_is_loaded_before() -> None:
     assert not {"torch", "numpy", "transformers", "tokenizers"} & set(done.stdout.split())
 
 
-def test_what_the_environment_says_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_set_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     kept, *others = SETTINGS
     for name in others:
         monkeypatch.setenv(name, "to be restored")
