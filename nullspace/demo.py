@@ -7,7 +7,6 @@ can be seen in minutes on a CPU, with nothing fetched from anywhere.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -70,9 +69,6 @@ def demo(
     """
     if stay is None:
         stay = sys.stdin.isatty() and err.is_terminal and not as_json
-    # the matrices are so small that threads wait for each other more than they work: beside
-    # another busy program a second thread makes a trial ten times slower, alone it gains little
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with ExitStack() as stack:
         if data is None and not keep:
             data = Path(tempfile.mkdtemp(prefix="nullspace-demo-"))
