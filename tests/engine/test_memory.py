@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from engine.heap import return_blocks
+from engine.libraries import SETTINGS
 from engine.memory import (
     Shape,
     decode_row,
@@ -204,7 +206,9 @@ print(given, kept, held, resident() - before)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library's own setting")
 def test_a_search_keeps_its_blocks_until_something_else_is_asked() -> None:
-    run = subprocess.run([sys.executable, "-c", REUSED], check=True, capture_output=True)
+    plain = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    command = [sys.executable, "-c", REUSED]  # with pages of 4096 bytes
+    run = subprocess.run(command, check=True, capture_output=True, env=plain)
     given, kept, held, after = map(int, run.stdout.split())
     assert given > 20 * 25_000_000 / 4096 and kept < given / 10  # pages that come anew
     assert held > 25_000_000 and after < 2_000_000
