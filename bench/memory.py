@@ -31,6 +31,7 @@ from typing import Any
 import psutil
 
 from demo import MODEL
+from engine.libraries import settle
 from jobs import checkpoints
 from jobs.estimate import figures
 from jobs.needs import OVERHEAD, Phase
@@ -222,7 +223,7 @@ class Meter:
             held = [_held(process.pid) for process in (own, *own.children())]
             if len(held) > 1:
                 # the pages of files are the same in all
-                whole = sum(own for own, _ in held) + max(mapped for _, mapped in held)
+                whole = sum(beside for beside, _ in held) + max(mapped for _, mapped in held)
                 self._beside = max(self._beside, whole)
 
     def _reset(self) -> None:
@@ -249,6 +250,7 @@ def _held(pid: int) -> tuple[int, int]:
 
 def child(request: dict[str, Any]) -> dict[str, Any]:
     """Run the engine on one case; peaks and seconds by phase."""
+    settle()  # before torch is imported, as an engine process does
     import bitsandbytes  # noqa: F401  loaded by the engine when it is needed: libraries here
     import peft  # noqa: F401
     import torch
@@ -257,12 +259,10 @@ def child(request: dict[str, Any]) -> dict[str, Any]:
     from bench.stream import stream
     from engine.chat import Formatter
     from engine.heap import return_blocks
-    from engine.libraries import settle
     from engine.session import Session
     from jobs.spec.candidate import single_pass
     from jobs.spec.protocol import Export, Prepare, Prepared, Score
 
-    settle()
     torch.set_num_threads(request["threads"])
     return_blocks()
     meter, session = Meter(request["prepare"]["device"] == "cuda"), Session()
@@ -276,8 +276,9 @@ def child(request: dict[str, Any]) -> dict[str, Any]:
     if request["trials"]:
         points = [(candidate, list[Any]()) for candidate in drawn(layers, request["trials"])]
         stream(session, len(points), points.__getitem__, lambda *_: None, kl_multi=False)
-    for _ in range(0 if request["trials"] else 3):  # states are kept from the second time on
-        session.handle(Score(candidates=[single_pass(layers), single_pass(layers)]), meter)
+    else:
+        for _ in range(3):  # states are kept from the second time on
+            session.handle(Score(candidates=[single_pass(layers), single_pass(layers)]), meter)
     meter.fixed = ""
     meter.enter("export")
     with tempfile.TemporaryDirectory() as folder:

@@ -154,7 +154,7 @@ class _Lane:
     def send(self, kind: str, what: Any) -> None:
         """A message to it."""
         try:
-            self.pipe.send_bytes(packed((kind, what)))
+            _put(self.pipe, kind, what)
         except OSError as error:
             raise _gone() from error
 
@@ -164,6 +164,10 @@ class _Lane:
             return unpacked(self.pipe.recv_bytes())
         except (EOFError, OSError) as error:
             raise _gone() from error
+
+
+def _put(pipe: Connection, *message: Any) -> None:
+    pipe.send_bytes(packed(message))
 
 
 def _gone() -> EngineError:
@@ -270,7 +274,7 @@ def _work(
                 continue
             place, item, threads = what
             torch.set_num_threads(threads)
-            pipe.send_bytes(packed(("found", place, work(item, _Part(pipe, place)))))
+            _put(pipe, "found", place, work(item, _Part(pipe, place)))
     except BaseException as error:
         with suppress(OSError):
             _send_error(pipe, error)
@@ -283,7 +287,7 @@ def _send_error(pipe: Connection, error: BaseException) -> None:
         unpacked(packed(error))
     except Exception:  # what cannot be pickled, we cannot list
         error = EngineError("engine_failed", f"{type(error).__name__}: {error}", "", detail)
-    pipe.send_bytes(packed(("failed", 0, error)))
+    _put(pipe, "failed", 0, error)
 
 
 class _Part:
@@ -299,15 +303,12 @@ class _Part:
         if phase == self._phase and done < total and now - self._sent < POLL:
             return
         self._phase, self._sent = phase, now
-        self._send("progress", (phase, done, total, text))
+        _put(self._pipe, "progress", self._place, (phase, done, total, text))
 
     def log(self, text: str, level: str = "info") -> None:
         """A line for the task's log."""
-        self._send("log", (text, level))
+        _put(self._pipe, "log", self._place, (text, level))
 
     def partial(self, index: int, text: str = "", scored: Scored | None = None) -> None:
         """A piece of an answer, or one candidate's finished score."""
-        self._send("partial", (index, text, scored))
-
-    def _send(self, kind: str, what: Any) -> None:
-        self._pipe.send_bytes(packed((kind, self._place, what)))
+        _put(self._pipe, "partial", self._place, (index, text, scored))
