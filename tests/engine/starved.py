@@ -2,8 +2,8 @@
 
     python -m tests.engine.starved FOLDER SPARE_MB
 
-FOLDER receives a small model with a wide vocabulary. Prints JSON: both results, how often each
-candidate's score was sent, and the largest batch that was left at the end.
+FOLDER receives a small model with a wide vocabulary. Prints JSON, the free run first: both results,
+how often each candidate's score was sent, and the largest batch that was left at the end.
 """
 
 from __future__ import annotations
@@ -67,28 +67,34 @@ def request(folder: Path) -> Prepare:
     )  # fmt: skip
 
 
+def scored(folder: Path, spare: int | None) -> tuple[list[Any], list[int], int | None]:
+    """What a new engine finds for two candidates, whose scores it sent, and its largest batch.
+
+    spare    bytes of address space that scoring may take; None: all there is
+    """
+    session, report = Session(), Counting()
+    session.handle(request(folder), Silent())
+    return_blocks()
+    if spare is not None:
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (size + spare, resource.RLIM_INFINITY))
+    half = single_pass(3).model_copy(update={"mlp": constant(0.5)})
+    found = session.handle(Score(candidates=[single_pass(3), half]), report)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert isinstance(found, ScoredBatch) and session._ready is not None
+    results = [one.model_dump(mode="json") for one in found.scored]
+    return results, report.sent, session._ready.decoder.limit
+
+
 def main() -> None:
-    """Score freely, then within the limit."""
+    """Score within the limit, then freely: what a search has freed, it keeps and uses again."""
     folder, spare = Path(sys.argv[1]), int(sys.argv[2]) << 20
     torch.set_num_threads(1)
     return_blocks()
     build(folder)
-    session = Session()
-    session.handle(request(folder), Silent())
-    half = single_pass(3).model_copy(update={"mlp": constant(0.5)})
-    asked = Score(candidates=[single_pass(3), half])
-    results, reports = [], [Counting(), Counting()]
-    for report, limited in zip(reports, (False, True), strict=True):
-        if limited:
-            size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (size + spare, resource.RLIM_INFINITY))
-        found = session.handle(asked, report)
-        assert isinstance(found, ScoredBatch)
-        results.append([scored.model_dump(mode="json") for scored in found.scored])
-    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert session._ready is not None
-    limit = session._ready.decoder.limit
-    print(json.dumps({"results": results, "sent": [r.sent for r in reports], "limit": limit}))
+    starved, free = scored(folder, spare), scored(folder, None)
+    results, sent, limits = zip(free, starved, strict=True)
+    print(json.dumps({"results": results, "sent": sent, "limits": limits}))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import pytest
 from tests.engine.starved import PROMPTS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
-SPARE_MB = 100  # of address space; the free run takes about 400 MB more than the model
+SPARE_MB = 100  # of address space; the free run takes some 200 MB more than the model
 
 
 @pytest.mark.slow
@@ -25,12 +25,13 @@ def test_scores_are_those_of_the_free_run(tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
     found = json.loads(run.stdout.splitlines()[-1])
-    assert found["limit"] is not None and found["limit"] <= PROMPTS  # it ran out, and halved
+    free, starved = found["limits"]
+    assert starved <= PROMPTS < free  # it ran out, and halved
     assert found["sent"] == [[0, 1], [0, 1]]  # each candidate's score once
-    for free, starved in zip(*found["results"], strict=True):
-        assert len(starved["outcomes"]) == PROMPTS  # each row once, in its place
-        assert starved["outcomes"] == free["outcomes"]
-        assert starved["scores"]["refusals"] == free["scores"]["refusals"]
+    for whole, halved in zip(*found["results"], strict=True):
+        assert len(halved["outcomes"]) == PROMPTS  # each row once, in its place
+        assert halved["outcomes"] == whole["outcomes"]
+        assert halved["scores"]["refusals"] == whole["scores"]["refusals"]
         for kind in ("kl_first", "kl_multi"):
-            assert starved["scores"][kind] == pytest.approx(free["scores"][kind], rel=1e-4)
-            assert free["scores"][kind] > 0
+            assert halved["scores"][kind] == pytest.approx(whole["scores"][kind], rel=1e-4)
+            assert whole["scores"][kind] > 0
