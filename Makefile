@@ -23,7 +23,7 @@ up: setup-user ## the service on this machine, until Ctrl-C
 test: lint ## style, types, import contracts and every test that is not slow; WORKERS=0: one process
 	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal $(TESTS)
 
-test-slow: setup-dev ## the slow tests: crash storms, long searches
+test-slow: setup-dev ## the slow tests: crash storms, every architecture's fast paths
 	$(BIN)/python -m pytest -m slow $(TESTS)
 
 lint: setup-dev ## style, types and import contracts
