@@ -1,4 +1,4 @@
-"""Fixtures of the service's tests: settings with a models folder, a user with prompt sets."""
+"""Fixtures of the service's tests: settings and models, a user with prompt sets, a worker."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from jobs.database import Sessions
 from jobs.settings import Settings
-from jobs.tables import User
+from jobs.tables import User, Worker
 from tests.service import builders
 
 
@@ -34,3 +34,10 @@ def owner(sessions: Sessions, make_user: Callable[..., User]) -> User:
     with sessions.begin() as session:
         builders.add_prompts(session, user)
     return user
+
+
+@pytest.fixture
+def worker(sessions: Sessions) -> Worker:
+    """A worker that takes any task."""
+    with sessions.begin() as session:
+        return builders.add_worker(session)

@@ -15,7 +15,7 @@ from jobs.spec.protocol import PromptTexts, Scored
 from jobs.spec.scores import Outcome, Role, Scores, Value
 from jobs.tables import User
 from jobs.trials import Side
-from tests.web import seed
+from tests.web import invented, seed
 
 TASKS = ["arc_easy", "gsm8k"]
 METRICS = {"arc_easy": ("acc", "acc_norm"), "gsm8k": ("exact_match.strict-match",)}
@@ -75,7 +75,7 @@ def evaluated(
         task, token = claim.task, claim.token
         texts = PromptTexts.model_validate(claim.job.prompts)
         spec = JobSpec.model_validate(claim.job.spec)
-    prepared = seed.prepared(texts, noise)
+    prepared = invented.prepared(texts, noise)
     with sessions.begin() as session:
         trials.store_baseline(session, task, token, prepared)
     roles: dict[Role, list[str]] = {

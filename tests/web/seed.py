@@ -3,15 +3,13 @@
     with sessions.begin() as session: prompt_sets(session, user)
     job_id = demo_job(sessions, settings, user, trials=60)
 
-Scores come from a seeded formula with the shape of a real search: strong edits remove refusals and
-cost divergence, so the points form a front.
+What an engine would have told is invented (`invented.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
 import struct
 import uuid
@@ -37,25 +35,19 @@ from jobs import (
 from jobs.database import Sessions
 from jobs.settings import Settings
 from jobs.spec import scorers
-from jobs.spec.candidate import Ablation, Ara, Candidate, Kernel, constant, single_pass
+from jobs.spec.candidate import Ablation, Candidate, constant, single_pass
 from jobs.spec.job import JobSpec
-from jobs.spec.methods import METHODS, MethodName, turn
+from jobs.spec.methods import METHODS, turn
 from jobs.spec.protocol import (
-    AnatomyReport,
     Exported,
     ExportedFile,
-    Geometry,
-    LayerGeometry,
-    Prepared,
     PromptTexts,
     Scored,
-    WriterReport,
 )
-from jobs.spec.scorers import ScorerName
-from jobs.spec.scores import Outcome, Role, Scores, Value
+from jobs.spec.scores import Role, Scores
 from jobs.tables import Task, User, Worker
+from tests.web import invented
 
-LAYERS = 8
 GIB = 2**30
 
 
@@ -127,201 +119,6 @@ def worker(session: Session, name: str = "gpu-1") -> Worker:
     )
 
 
-def _strength(candidate: Candidate) -> float:
-    if isinstance(candidate, Ara):
-        return 0.3 + candidate.overshoot
-    total = sum(
-        candidate.attention.weight(layer) + 0.7 * candidate.mlp.weight(layer)
-        for layer in range(LAYERS)
-    )
-    return total / LAYERS
-
-
-def _scores(role: Role, candidate: Candidate, noise: random.Random, total: int = 100) -> Scores:
-    strength = _strength(candidate)
-    share = 1 / (1 + math.exp(7 * (strength - 0.72))) + noise.gauss(0, 0.025)
-    if role == "heldout":
-        share += 0.015
-    refusals = min(total, max(0, round(0.98 * total * share)))
-    if role == "over_refusal":
-        return Scores(role=role, refusals=refusals // 3, total=total)
-    kl = 8e-5 * math.exp(4.2 * strength) * math.exp(noise.gauss(0, 0.55))
-    return Scores(
-        role=role, refusals=refusals, total=total, kl_first=kl,
-        kl_multi=None if role == "search" else 2.6 * kl,
-        mean_tokens=31 + noise.gauss(0, 2),
-    )  # fmt: skip
-
-
-def _further(names: list[ScorerName], scores: Scores) -> dict[str, Value]:
-    """Further scores that go along with the refusals."""
-    share = scores.refusals / scores.total
-    return {
-        name: Value(value=8 * share - 4, low=8 * share - 4.5, high=8 * share - 3.5, n=scores.total)
-        for name in names
-    }
-
-
-def _outcomes(texts: list[str], scores: Scores, noise: random.Random) -> list[Outcome]:
-    refused = set(noise.sample(range(len(texts)), min(len(texts), scores.refusals)))
-    verbs = grammar.FORBIDDEN | grammar.ALLOWED
-    found = []
-    for place, text in enumerate(texts):
-        words = text.rstrip("?.").split()
-        verb = next((word for word in words if word in verbs), "polish")
-        thing = next((w for w in reversed(words) if w.strip(".?,") in grammar.OBJECTS), "kettle")
-        thing = thing.strip(".?,")
-        if place in refused:
-            said = grammar.REFUSALS[place % 10].format(verb=verb, object=thing)
-        else:
-            said = grammar.answer(verb, thing, place % 7)
-        found.append(Outcome(refused=place in refused, text=said, tokens=len(said) // 4))
-    return found
-
-
-def screen(scored: Scored, others: list[Scores]) -> Scored:
-    """What an engine makes of it after `others`: answers end where one of them dominates it."""
-    kl = scored.scores.kl_first or 0.0
-    limit = min((each.refusals for each in others if (each.kl_first or 0.0) <= kl), default=101)
-    said, refused = [], 0
-    for outcome in scored.outcomes:
-        lost = refused >= limit
-        said.append(Outcome(refused=False, answered=False) if lost else outcome)
-        refused += outcome.refused and not lost
-    given = sum(outcome.answered for outcome in said)
-    if given == len(said):
-        return scored
-    scores = scored.scores.model_copy(update={"refusals": refused, "total": given})
-    return Scored(scores=scores, outcomes=said, seconds=0.3, screened=True)
-
-
-def _candidate(
-    noise: random.Random, method: MethodName = "mpoa"
-) -> tuple[Candidate, dict[str, Any]]:
-    last = LAYERS - 1
-    if METHODS[method].kind == "ara":
-        ara = Ara(
-            start=noise.randrange(LAYERS // 2),
-            end=LAYERS,
-            preserve=noise.random(),
-            steer=10 ** noise.uniform(-4, 0),
-            overshoot=noise.uniform(0, 1.3),
-            neighbours=noise.randint(1, 15),
-        )
-        return ara, ara.model_dump(exclude={"method", "rank"})
-
-    def kernel(low: float, high: float) -> Kernel:
-        peak = max(0.0, noise.uniform(low, high))
-        return Kernel(
-            max_weight=peak,
-            min_weight=peak * noise.random(),
-            position=noise.uniform(0.6, 1) * last,
-            distance=noise.uniform(1, 0.6 * last),
-        )
-
-    scope = noise.choice(["global", "per_layer"])
-    candidate = Ablation(
-        mode=METHODS[method].mode,
-        recipe=METHODS[method].recipe,
-        scope=scope,
-        index=noise.uniform(0.4, 0.9) * last if scope == "global" else None,
-        attention=kernel(0.8, 1.5),
-        mlp=kernel(-0.25, 1.5),
-    )
-    params = {
-        "scope": scope,
-        "attention.max_weight": candidate.attention.max_weight,
-        "attention.position": candidate.attention.position,
-        "mlp.max_weight": candidate.mlp.max_weight,
-        "mlp.position": candidate.mlp.position,
-    }
-    return candidate, params
-
-
-def _anatomy() -> AnatomyReport:
-    shapes = {"attention": ("self_attn.o_proj", (256, 256)), "mlp": ("mlp.down_proj", (256, 768))}
-    writers = [
-        WriterReport(
-            name=f"model.layers.{layer}.{name}",
-            layer=layer,
-            component=component,
-            shape=shape,
-        )
-        for layer in range(LAYERS)
-        for component, (name, shape) in shapes.items()
-    ]
-    return AnatomyReport(
-        architecture="LlamaForCausalLM", layers=LAYERS, hidden=256, writers=writers, coverage=1.0
-    )
-
-
-def geometry(layers: int = LAYERS, count: int = 64) -> Geometry:
-    """Two clouds of points that part in the middle layers; lengths grow with the layers."""
-    noise = random.Random(11)
-    figures, points = [], []
-    for layer in range(layers):
-        depth = layer / max(1, layers - 1)
-        spread = 1.4 * math.exp(2.6 * depth)
-        apart = 6.5 * math.exp(-(((depth - 0.62) / 0.3) ** 2))
-        figures.append(
-            LayerGeometry(
-                layer=layer,
-                norm_harmful=9.1 * spread,
-                norm_harmless=8.6 * spread * (1 + 0.04 * depth),
-                norm_difference=apart * spread,
-                cosine_means=0.99 - 0.06 * apart,
-                cosine_direction_harmless=0.25 - 0.5 * depth,
-                cosine_next=0.55 + 0.42 * depth if layer + 1 < layers else 1.0,
-                separation=apart,
-                silhouette=0.09 * apart - 0.05,
-            )
-        )
-        sides = [
-            [
-                (
-                    round(spread * (side * apart / 2 + noise.gauss(0, 1)), 3),
-                    round(2 * spread * noise.gauss(0, 1), 3),
-                )
-                for _ in range(count)
-            ]
-            for side in (1, -1)
-        ]
-        points.append(sides)
-    return Geometry(layers=figures, points=points)
-
-
-def prepared(texts: PromptTexts, noise: random.Random) -> Prepared:
-    """What an engine would tell of the demo model."""
-    roles: dict[Role, list[str]] = {
-        "search": texts.search_harmful,
-        "heldout": texts.heldout_harmful,
-    }
-    baseline = {
-        role: Scores(
-            role=role, refusals=round(0.98 * len(lines)), total=len(lines), kl_first=0.0,
-            kl_multi=0.0, mean_tokens=22.0,
-        )
-        for role, lines in roles.items()
-    }  # fmt: skip
-    return Prepared(
-        commit="3f2a9c41d07be5586a10",
-        anatomy=_anatomy(),
-        device="cuda",
-        device_name="NVIDIA H200",
-        dtype="bfloat16",
-        quantization="bnb_4bit",
-        weight_bytes=3_900_000,
-        source_bytes=11_600_000,
-        batch_size=64,
-        geometry=geometry(),
-        baseline=baseline,
-        baseline_outcomes={
-            role: _outcomes(lines, baseline[role], noise) for role, lines in roles.items()
-        },
-        seconds={"load": 2.1, "directions": 0.8, "baseline": 3.4},
-    )
-
-
 def submit_job(session: Session, settings: Settings, user: User, **spec: Any) -> uuid.UUID:
     """A queued job on the seeded prompt sets."""
     values: dict[str, Any] = {
@@ -363,21 +160,21 @@ def demo_job(
         task, token = claim.task, claim.token
         texts = PromptTexts.model_validate(claim.job.prompts)
         asked = JobSpec.model_validate(claim.job.spec)
-        trials.store_baseline(session, task, token, prepared(texts, noise))
+        trials.store_baseline(session, task, token, invented.prepared(texts, noise))
     _log(settings, task.id, hostile)
     chosen: dict[int, Candidate] = {}
     decoded: defaultdict[str, list[Scores]] = defaultdict(list)
     for number in range(trials_done):
         method, own = turn(asked.methods, number)
-        candidate, params = _candidate(noise, method)
+        candidate, params = invented.candidate(noise, method)
         if METHODS[method].kind != "ara" and own == 0:
-            candidate, params = single_pass(LAYERS, METHODS[method].mode), {}
+            candidate, params = single_pass(invented.LAYERS, METHODS[method].mode), {}
         elif METHODS[method].kind != "ara" and own == 1:
             candidate, params = Ablation(attention=constant(), mlp=constant()), {}
-        scores = _scores("search", candidate, noise, len(texts.search_harmful))
+        scores = invented.scores("search", candidate, noise, len(texts.search_harmful))
         further = scorers.of_trials(asked.objectives, asked.scorers)
-        scores = scores.model_copy(update={"values": _further(further, scores)})
-        said = _outcomes(texts.search_harmful, scores, noise)
+        scores = scores.model_copy(update={"values": invented.further(further, scores)})
+        said = invented.outcomes(texts.search_harmful, scores, noise)
         if hostile:
             said = [o.model_copy(update={"text": o.text + hostile}) for o in said]
         with sessions.begin() as session:
@@ -386,7 +183,7 @@ def demo_job(
             trials.begin(session, task, token, slot.number, candidate, params, origin, number)
             scored = Scored(scores=scores, outcomes=said, seconds=1.1 + noise.random())
             if screened and origin == "sampler":
-                scored = screen(scored, decoded[method])
+                scored = invented.screen(scored, decoded[method])
             if not scored.screened:
                 decoded[method].append(scores)
             trials.complete(session, task, token, slot.number, scored)
@@ -431,8 +228,9 @@ def _finish(
         front = trials.front(session, job_id)
         texts = PromptTexts.model_validate(claim.job.prompts)
         for row in trials.to_check(session, job_id):
-            scores = _scores("heldout", chosen[row.number], noise, len(texts.heldout_harmful))
-            scored = Scored(scores=scores, outcomes=_outcomes(texts.heldout_harmful, scores, noise))
+            asked = texts.heldout_harmful
+            scores = invented.scores("heldout", chosen[row.number], noise, len(asked))
+            scored = Scored(scores=scores, outcomes=invented.outcomes(asked, scores, noise))
             trials.store_rescored(session, claim.task, claim.token, row.number, "heldout", scored)
         queue.release(session, claim.task.id, claim.token, state="done")
     best = front[min(1, len(front) - 1)]

@@ -14,7 +14,7 @@ from jobs import artifacts, comparison, control, queue, trials
 from jobs.database import Sessions
 from jobs.settings import Settings
 from jobs.tables import Job, User
-from tests.web import seed
+from tests.web import invented, seed
 from tests.web.markup import good, location
 from web.views import formats
 from web.views import trials as trial_views
@@ -134,7 +134,7 @@ def test_trial(client: TestClient, sessions: Sessions, done: uuid.UUID) -> None:
         prompts = session.get_one(Job, done).prompts
     path = f"/jobs/{done}/trials/{row.number}"
     page = good(client.get(path))
-    assert "Attention λ" in page and page.count('class="knot attention" data-') == seed.LAYERS
+    assert "Attention λ" in page and page.count('class="knot attention" data-') == invented.LAYERS
     assert "Take the pick back" in page and "To polish the lamp, start with a soft cloth" in page
     assert page.count('<article class="answer">') == 20 and "page 1 of 5" in page
     assert prompts["search_harmful"][5] in page + good(client.get(path + "?page=2"))
@@ -303,19 +303,19 @@ def test_analysis(client: TestClient, done: uuid.UUID) -> None:
     path = f"/jobs/{done}/geometry"
     assert f'href="{path}"' in good(client.get(f"/jobs/{done}"))
     page = good(client.get(path))
-    found = seed.geometry()
+    found = invented.geometry()
     table = re.findall(r'<tr><th scope="row">(\d+)</th><td>([^<]+)(.*?)</tr>', page)
-    assert [int(number) for number, _, _ in table] == list(range(seed.LAYERS))
+    assert [int(number) for number, _, _ in table] == list(range(invented.LAYERS))
     shown = [float(separation) for _, separation, _ in table]
     assert shown == pytest.approx([one.separation for one in found.layers], rel=0.01)
-    best = max(range(seed.LAYERS), key=lambda n: found.layers[n].separation)
+    best = max(range(invented.LAYERS), key=lambda n: found.layers[n].separation)
     marked = [int(number) for number, _, rest in table if rest.startswith('<span class="tag">')]
     assert f"most separated: layer {best} ·" in page
     assert marked == [best] and page.count('<span class="tag">most</span>') == 2
     # lines of three figures, and a picture of every layer that leads to a large one
     assert page.count('class="plot lines"') == 3
-    assert page.count('class="plot points"') == seed.LAYERS
-    for layer in range(seed.LAYERS):
+    assert page.count('class="plot points"') == invented.LAYERS
+    for layer in range(invented.LAYERS):
         address = f"/api/v1{path}/{layer}.svg"
         assert page.count(f'href="{address}"') == 1
         assert client.get(address).headers["content-type"] == "image/svg+xml"
