@@ -17,6 +17,20 @@ from tests.service.builders import add_job, add_worker
 from tests.service.claims import claim, fill, must_claim, release, reload
 
 
+def ends_with(complete: int, sessions: Sessions, worker: Worker, settings: Settings) -> None:
+    """The search goes on, fills the budget, and the job completes after one evaluation."""
+    held = must_claim(sessions, worker, settings)
+    assert held.task.kind == "search"
+    fill(sessions, held)
+    release(sessions, held, "done")
+    evaluation = must_claim(sessions, worker, settings)
+    assert evaluation.task.payload["generation"] == complete
+    job = release(sessions, evaluation, "done")
+    assert job.state == "completed"
+    with sessions.begin() as session:
+        assert trials.counts(session, job.id)["complete"] == complete
+
+
 def test_a_search_ends_in_one_evaluation_and_then_completes(
     sessions: Sessions, owner: User, farm: Settings, worker: Worker
 ) -> None:
@@ -41,15 +55,7 @@ def test_a_search_ends_in_one_evaluation_and_then_completes(
         control.cancel(session, owner, other)
         job = control.amend(session, owner, job, trials=7, settings=tight)
         assert job.state == "queued" and job.finished_at is None
-    again = must_claim(sessions, worker, farm)
-    assert again.task.kind == "search"
-    fill(sessions, again)
-    release(sessions, again, "done")
-    evaluation = must_claim(sessions, worker, farm)
-    assert evaluation.task.payload["generation"] == 7
-    assert release(sessions, evaluation, "done").state == "completed"
-    with sessions.begin() as session:
-        assert trials.counts(session, job.id)["complete"] == 7
+    ends_with(7, sessions, worker, farm)
 
 
 def test_done_with_slots_left_goes_on(
@@ -119,15 +125,7 @@ def test_trials_added_to_a_failed_job_are_searched_after_its_resume(
     with sessions.begin() as session:
         control.amend(session, owner, job, trials=5)
         assert control.resume(session, owner, job).state == "queued"
-    held = must_claim(sessions, worker, farm)
-    assert held.task.kind == "search"
-    fill(sessions, held)
-    release(sessions, held, "done")
-    evaluation = must_claim(sessions, worker, farm)
-    assert evaluation.task.payload["generation"] == 5
-    assert release(sessions, evaluation, "done").state == "completed"
-    with sessions.begin() as session:
-        assert trials.counts(session, job.id)["complete"] == 5
+    ends_with(5, sessions, worker, farm)
 
 
 def test_export_and_chat_run_whatever_the_job_does(
