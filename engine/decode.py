@@ -12,6 +12,7 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -242,9 +243,8 @@ class Decoder:
                     "Choose bnb_4bit, fewer answer tokens or shorter prompts.",
                 ) from error
             self.batch_size = self.limit = max(1, rows // 2)
-        else:
-            return
-        release()  # outside of the handler: the traceback held the tensors of the failed batch
+            clear_frames(error.__traceback__)  # the caller's `with` holds on to the failed batch
+            release()
 
     def select(self, edits: Sequence[Edit], rows: list[int]) -> None:
         """Let the next forwards use `edits[rows[b]]` for batch row b; no rows: the original."""

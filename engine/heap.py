@@ -2,8 +2,8 @@
 
 A page that comes from the system anew is cleared first, which takes longer than many an operation
 on it. So a search keeps what it has freed, since the next candidate needs the same blocks again
-(docs/speed.md); everything else gives it back, since there the peak counts. Nothing happens with
-another C library than glibc.
+(docs/speed.md), until memory runs out; everything else gives it back, since there the peak counts.
+Nothing happens with another C library than glibc.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from engine.heap import return_blocks
 from jobs.spec.memory import decode_row, fitting, forward_row
 from jobs.spec.shape import FLOAT32, Shape
 
@@ -51,7 +52,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release() -> None:
-    """Give unused memory back to the device, after an out-of-memory error."""
+    """Give unused memory back to the device and to the system, as after an out-of-memory error."""
     gc.collect()
+    return_blocks()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -90,6 +90,12 @@ class Ready:
         """The prompts by role."""
         return self.baseline.roles
 
+    @property
+    def ran_out(self) -> bool:
+        """Whether memory has run out since it was known how many rows fit."""
+        limit = self.decoder.limit
+        return limit is not None and limit < self.prepared.batch_size
+
     def close(self) -> None:
         """Take the hooks off the model."""
         if self.decoder.patch is not None:

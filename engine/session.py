@@ -71,7 +71,8 @@ class Session:
         """The result of one request, to which candidates are added if it scores some. Raises
         EngineError."""
         if isinstance(request, Score):
-            reuse_blocks()
+            if not self.ready.ran_out:
+                reuse_blocks()
         else:
             self.close_lanes()
             return_blocks()

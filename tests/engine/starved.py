@@ -43,7 +43,7 @@ def build(folder: Path) -> None:
     tokenizer = build_tokenizer()
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=4, initializer_range=0.3,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=64, initializer_range=0.3,
         tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
         bos_token_id=tokenizer.bos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip

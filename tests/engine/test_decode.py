@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -142,6 +143,23 @@ def test_out_of_memory_halves_the_batch_and_goes_on(
     assert [answer.tokens for answer in answers] == truth[0]
     assert decoder.batch_size <= rows
     assert decoder.reserve(64, NEW) <= rows  # remembered
+
+
+def test_a_batch_that_failed_is_freed_before_memory_is_given_back(
+    decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed: list[weakref.ref[torch.Tensor]] = []
+    gone: list[bool] = []
+    monkeypatch.setattr("engine.decode.release", lambda: gone.append(failed[0]() is None))
+
+    def forward() -> None:
+        batch = torch.zeros(4, 8)
+        failed.append(weakref.ref(batch))
+        raise torch.OutOfMemoryError("CUDA out of memory (as the test wants it)")
+
+    with decoder.surviving(4):
+        forward()
+    assert gone == [True]
 
 
 def test_out_of_memory_with_one_row_is_a_typed_error(

@@ -86,6 +86,19 @@ def test_score_sends_every_candidate_and_returns_them_in_order(session: Session)
         assert together.scores.total == 12 and together.seconds > 0
 
 
+def test_freed_blocks_are_kept_until_memory_has_run_out(
+    session: Session, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[bool] = []
+    monkeypatch.setattr("engine.session.reuse_blocks", lambda: kept.append(True))
+    decoder = session.ready.decoder
+    session.handle(Score(candidates=CANDIDATES[:1]), Silent())
+    assert kept == [True]
+    monkeypatch.setattr(decoder, "limit", prepared.batch_size // 2)
+    session.handle(Score(candidates=CANDIDATES[:1]), Silent())
+    assert kept == [True]
+
+
 def test_a_candidate_that_edits_nothing_is_the_original(
     session: Session, prepared: Prepared
 ) -> None:
