@@ -89,7 +89,10 @@ def baseline(
             refused += [answer for answer in answers if refusals.is_refusal(answer.text)]
             roles[role] = _with_harmless(decoder, role, harmful, prompts, request, report)
         unmoved = None if role == "over_refusal" else Divergence(0.0, 0.0)
-        decoder.learn([Row(ids) for ids in harmful], answers)
+        again: list[list[int]] = []
+        if role == "search" and request.purpose == "abliterate":  # weak edits answer the same
+            again = [ids + answer.whole for ids, answer in zip(harmful, answers, strict=True)]
+        decoder.learn([Row(ids) for ids in harmful], answers, again)
         scored[role] = count(role, answers, unmoved, refusals, time.monotonic() - begun)
     further = Further(refusal_tokens(refused), pieces)
     for role, found in scored.items():

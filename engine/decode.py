@@ -23,7 +23,7 @@ from engine.drafts import Drafts
 from engine.errors import EngineError
 from engine.lanes import MOST
 from engine.loading.placement import input_device
-from engine.lower import Lower
+from engine.lower import Lower, Studied
 from engine.memory import (
     Shape,
     decode_row,
@@ -182,12 +182,18 @@ class Decoder:
         if limit is not None and (self.limit is None or limit < self.limit):
             self.limit, self.batch_size = limit, min(self.batch_size, limit)
 
-    @torch.inference_mode()
     def learn(
         self, rows: Sequence[Row], answers: Sequence[Answer], read: Sequence[list[int]] = ()
     ) -> None:
         """Let these answers be drafts of later ones, and keep what the original computes over them
         and over what else was `read`, where both will come again."""
+        self.note(rows, answers, read)
+        self.keep(self.study())
+
+    def note(
+        self, rows: Sequence[Row], answers: Sequence[Answer], read: Sequence[list[int]] = ()
+    ) -> None:
+        """The part of `learn` that takes no time."""
         known = list(read)
         if self.drafts is not None:
             for row, answer in zip(rows, answers, strict=True):
@@ -195,7 +201,17 @@ class Decoder:
                     known.append(row.ids + self.drafts.learn(row.ids, answer.whole))
             self.drafts.settle()
         if self.lower is not None and known:
-            self.lower.learn(self, known)
+            self.lower.note(known)
+
+    def study(self) -> Studied | None:
+        """What the original computes over sequences that were noted and will come again; None where
+        that is nothing new."""
+        return None if self.lower is None else self.lower.study(self)
+
+    def keep(self, studied: Studied | None) -> None:
+        """Keep what was studied of what was noted: here, or in a copy that noted the same."""
+        if self.lower is not None:
+            self.lower.keep(studied)
 
     def original_batches(
         self,

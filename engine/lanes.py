@@ -3,7 +3,8 @@
 A small batch keeps one core busy and two hardly more, and the threads of one Python wait for one
 another; two processes keep two cores. They are forked from the prepared engine, so they have its
 model without a copy, and live until something else is asked for. What one candidate teaches is told
-to all of them, in the same order and at the same turn, so that nothing depends on who was faster.
+to all of them, in the same order and at the same turn, so that nothing depends on who was faster;
+what takes time to make of it is made by one for all.
 """
 
 from __future__ import annotations
@@ -42,16 +43,22 @@ Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 
+def _nothing(*_: Any) -> None:
+    """Neither learned nor studied nor kept."""
+
+
 class Lanes(Generic[Item, Found]):
     """Processes that do `work`, as many at once as there are.
 
-    lanes = Lanes(2, work, learn)
+    lanes = Lanes(2, work, learn, study, keep)
     lanes.run(following, report, done)
     lanes.close()
 
     work(item, report)  runs in a lane, a copy of this process as it was when `Lanes` was made: what
                         it changes stays there. It reports through this process.
     learn(found)        runs in every lane, for whatever any of them found
+    study()             runs in one lane, after all of them learned something
+    keep(studied)       runs in every lane, with what that one made; not for None
     lag                 items after which what one of them taught is known, at most: enough that no
                         lane waits, and the same whoever is faster (see `known`)
     Items and what is found go through pipes, by value (`engine.parcel`).
@@ -61,7 +68,9 @@ class Lanes(Generic[Item, Found]):
         self,
         count: int,
         work: Callable[[Item, Report], Found],
-        learn: Callable[[Found], None] = lambda found: None,
+        learn: Callable[[Found], None] = _nothing,
+        study: Callable[[], Any] = _nothing,
+        keep: Callable[[Any], None] = _nothing,
     ) -> None:
         self._lanes: list[_Lane] = []
         self.lag = AHEAD * count
@@ -71,7 +80,7 @@ class Lanes(Generic[Item, Found]):
         gc.freeze()  # a lane's collections touch nothing of ours: a page that is touched is copied
         try:
             for _ in range(count):
-                self._lanes.append(_fork(work, learn))
+                self._lanes.append(_fork(_Tasks(work, learn, study, keep)))
         except OSError:
             self.close()
             raise
@@ -108,17 +117,25 @@ class Lanes(Generic[Item, Found]):
             threads = max(1, torch.get_num_threads() // len(self._lanes))
             idle, busy = list(self._lanes), dict[Any, _Lane]()
             shown, first = _Shown(report), self._begun
+            item: Item | None = None  # the next one
+            studying = False
             while True:
-                while idle:
+                while idle and not studying:
                     known = range(self._taught, self.known(self._begun))
-                    item = following() if all(number in self._found for number in known) else None
+                    if item is None and all(number in self._found for number in known):
+                        item = following()
                     if item is None:
                         break
-                    self._teach(known)
                     lane = idle.pop(0)
-                    lane.send("work", (self._begun, item, threads))
                     busy[lane.pipe] = lane
-                    self._begun += 1
+                    if known:
+                        self._teach(known)
+                        lane.send("study", threads)
+                        studying = True
+                    else:
+                        lane.send("work", (self._begun, item, threads))
+                        self._begun += 1
+                        item = None
                 if not busy:
                     break
                 for ready in wait(list(busy), SOON if idle else POLL):
@@ -128,6 +145,11 @@ class Lanes(Generic[Item, Found]):
                         idle.append(busy.pop(ready))
                         shown.forget(number)
                         done(number - first, what)
+                    elif kind == "studied":
+                        for each in self._lanes if what is not None else ():
+                            each.send("keep", what)
+                        idle.insert(0, busy.pop(ready))
+                        studying = False
                     elif kind == "failed":
                         raise what
                     else:
@@ -222,7 +244,17 @@ class _Shown:
             self._report.progress(self._phase, done, total, text)
 
 
-def _fork(work: Callable[[Item, Report], Any], learn: Callable[[Any], None]) -> _Lane:
+@dataclass(frozen=True)
+class _Tasks:
+    """What a lane does; see `Lanes`."""
+
+    work: Callable[[Any, Report], Any]
+    learn: Callable[[Any], None]
+    study: Callable[[], Any]
+    keep: Callable[[Any], None]
+
+
+def _fork(tasks: _Tasks) -> _Lane:
     """A process that answers messages until its pipe is closed."""
     ours, theirs = Pipe()
     with warnings.catch_warnings():
@@ -234,14 +266,12 @@ def _fork(work: Callable[[Item, Report], Any], learn: Callable[[Any], None]) -> 
         theirs.close()
         return _Lane(pid, ours)
     try:
-        _serve(theirs, work, learn)
+        _serve(theirs, tasks)
     finally:
         os._exit(0)  # nothing of the parent's is tidied up here
 
 
-def _serve(
-    pipe: Connection, work: Callable[[Item, Report], Any], learn: Callable[[Any], None]
-) -> None:
+def _serve(pipe: Connection, tasks: _Tasks) -> None:
     """What a lane does: read here, so that it ends with its parent, and work in another thread.
 
     Another one also because OpenMP's threads do not outlive a fork: a new thread's are made anew.
@@ -249,7 +279,7 @@ def _serve(
     os.closerange(KEPT, pipe.fileno())  # who waits for the end of a pipe waits for its last holder
     os.closerange(pipe.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
     messages: SimpleQueue[tuple[str, Any]] = SimpleQueue()
-    threading.Thread(target=_work, args=(messages, pipe, work, learn), daemon=True).start()
+    threading.Thread(target=_work, args=(messages, pipe, tasks), daemon=True).start()
     with suppress(EOFError, OSError):
         while True:
             parcel = pipe.recv_bytes()
@@ -260,21 +290,21 @@ def _serve(
                 raise
 
 
-def _work(
-    messages: SimpleQueue[tuple[str, Any]],
-    pipe: Connection,
-    work: Callable[[Item, Report], Any],
-    learn: Callable[[Any], None],
-) -> None:
+def _work(messages: SimpleQueue[tuple[str, Any]], pipe: Connection, tasks: _Tasks) -> None:
     try:
         while True:
             kind, what = messages.get()
             if kind == "learn":
-                learn(what)
-                continue
-            place, item, threads = what
-            torch.set_num_threads(threads)
-            _put(pipe, "found", place, work(item, _Part(pipe, place)))
+                tasks.learn(what)
+            elif kind == "keep":
+                tasks.keep(what)
+            elif kind == "study":
+                torch.set_num_threads(what)
+                _put(pipe, "studied", 0, tasks.study())
+            else:
+                place, item, threads = what
+                torch.set_num_threads(threads)
+                _put(pipe, "found", place, tasks.work(item, _Part(pipe, place)))
     except BaseException as error:
         with suppress(OSError):
             _send_error(pipe, error)

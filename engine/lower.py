@@ -19,26 +19,40 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from engine.anatomy import Anatomy
+from engine.shared import ORIGINAL, alike, begin, editable_cache, rest
 from jobs.spec.memory import STATIONS, lower_bytes
 
 if TYPE_CHECKING:
     from engine.decode import Decoder
     from engine.edit import Edit
 
-STALE = 8  # rounds without use after which they make room for others
+STALE = 8  # rounds in which a sequence was not read, after which it makes room for others
 
 Sequenced = tuple[int, ...]
 
 
 @dataclass
 class _Kept:
-    """States of one sequence (stations, T, d) on the CPU, and when they were last of use."""
+    """States of one sequence (stations, T, d) on the CPU, and the round it was last read in.
+
+    front   tokens at its beginning whose states are kept once for all
+    """
 
     states: Tensor
-    used: int
+    front: int
+    read: int
+
+
+@dataclass(frozen=True)
+class Studied:
+    """The original's states (stations, T, d) by sequence; of those that begin with `front` only
+    what comes behind it, whose own states are `before`."""
+
+    front: Sequenced
+    before: Tensor | None
+    states: dict[Sequenced, Tensor]
 
 
 class _Enough(Exception):
@@ -48,10 +62,14 @@ class _Enough(Exception):
 class Lower:
     """The kept states of one model.
 
+    lower.note(sequences)                           # what was read; twice, and it is kept
+    lower.keep(lower.study(decoder))
     station = lower.station(edits)                  # 0: nothing is saved
     states = [lower.states(ids, station) for ids in sequences]
     with lower.skipping(station, padded):           # (rows, t, d), as wide as the ids
         decoder.forward(...)
+
+    Of several that were told the same (`engine.lanes`), one studies and all keep.
     """
 
     def __init__(self, anatomy: Anatomy, weight_bytes: int, lanes: int = 1) -> None:
@@ -64,6 +82,9 @@ class Lower:
         self._held = self._round = 0
         self._kept: dict[Sequenced, _Kept] = {}
         self._seen: set[int] = set()  # hashes of all sequences: thousands of answers stay small
+        self._wanted: list[Sequenced] = []
+        self._front: Sequenced = ()  # what most sequences begin with
+        self._before: Tensor | None = None  # its states (stations, T, d)
 
     def station(self, edits: Sequence[Edit]) -> int:
         """The highest station that no edit reaches below; 0 where there is none."""
@@ -80,36 +101,76 @@ class Lower:
         kept = self._kept.get(tuple(ids))
         if kept is None:
             return None
-        kept.used = self._round
-        return kept.states[self.stations.index(station)]
+        place = self.stations.index(station)
+        if not kept.front or self._before is None:
+            return kept.states[place]
+        return torch.cat([self._before[place], kept.states[place]])
 
-    def learn(self, decoder: Decoder, sequences: Sequence[list[int]]) -> None:
-        """Say that these sequences were read; keep the states of those that come again."""
+    def note(self, sequences: Sequence[list[int]]) -> None:
+        """Say that these sequences were read; those that come again are worth keeping."""
         self._round += 1
         times = Counter(map(tuple, sequences))
-        wanted = [
-            list(key)
-            for key, count in times.items()
-            if (count > 1 or hash(key) in self._seen) and key not in self._kept
-        ]
+        for key, count in times.items():
+            if key in self._kept:
+                self._kept[key].read = self._round
+            elif count > 1 or hash(key) in self._seen:
+                self._wanted.append(key)
         self._seen.update(map(hash, times))
-        if not wanted:
-            return
-        stale = [key for key, kept in self._kept.items() if self._round - kept.used > STALE]
-        for key in stale:
-            self._held -= self._kept.pop(key).states.nbytes
+
+    @torch.inference_mode()
+    def study(self, decoder: Decoder) -> Studied | None:
+        """Read with the original what is worth keeping, as much as there is room for; None where
+        nothing is."""
+        wanted = [list(key) for key in dict.fromkeys(self._wanted)]
+        room = self._budget - self._held + sum(one.states.nbytes for one in self._stale().values())
+        if not wanted or room <= 0:
+            return None
         decoder.select([], [])
         wanted.sort(key=len)
-        while wanted and self._held < self._budget:
-            batch, wanted = wanted[: decoder.batch_size], wanted[decoder.batch_size :]
-            with decoder.surviving(len(batch)):
-                for ids, states in zip(batch, self.read(decoder, batch), strict=True):
-                    self._kept[tuple(ids)] = _Kept(states, self._round)
-                    self._held += states.nbytes
+        front, before = self._front, self._before
+        if before is None and decoder.shares and len(wanted) > 1:
+            front = tuple(wanted[0][: alike(wanted)])
+            before = self.read(decoder, [list(front)])[0] if front else None
+        behind = [ids for ids in wanted if _behind(front, ids)]
+        others = [ids for ids in wanted if not _behind(front, ids)]
+        states: dict[Sequenced, Tensor] = {}
+        for some, held in ((behind, len(front)), (others, 0)):
+            while some and room > 0:
+                batch = some[: decoder.batch_size]
+                with decoder.surviving(len(batch)):
+                    found = self.read(decoder, batch, held)
+                    states |= zip(map(tuple, batch), found, strict=True)
+                    room -= sum(one.nbytes for one in found)
+                    some = some[len(batch) :]
+        return Studied(front, before, states)
 
-    def read(self, decoder: Decoder, batch: Sequence[list[int]]) -> list[Tensor]:
-        """The original's states of each sequence, (stations, T, d) on the CPU."""
+    def keep(self, studied: Studied | None) -> None:
+        """Keep what was studied of all that has been noted so far."""
+        self._wanted.clear()
+        if studied is None:
+            return
+        for key, stale in self._stale().items():
+            self._held -= stale.states.nbytes
+            del self._kept[key]
+        self._front, self._before = studied.front, studied.before
+        for key, states in studied.states.items():
+            front = len(studied.front) if _behind(studied.front, key) else 0
+            self._kept[key] = _Kept(states, front, self._round)
+            self._held += states.nbytes
+
+    def _stale(self) -> dict[Sequenced, _Kept]:
+        """What was not read for long."""
+        return {key: one for key, one in self._kept.items() if self._round - one.read > STALE}
+
+    def read(self, decoder: Decoder, batch: Sequence[list[int]], front: int = 0) -> list[Tensor]:
+        """The original's states of each sequence behind the first `front` tokens, which are the
+        same in all: (stations, T − front, d) on the CPU."""
         ids, mask = decoder.padded(batch)
+        begun = None
+        if front and editable_cache(decoder, ids.shape[1]) is not None:
+            begun = begin(decoder, batch, [], [ORIGINAL] * len(batch), front)
+        if begun is not None:
+            ids, mask = rest(ids, mask, begun.held)
         seen: list[Tensor] = []
 
         def take(module: Any, args: Any, output: Any) -> None:
@@ -121,14 +182,14 @@ class Lower:
         hooks = [block.register_forward_hook(take) for block in blocks]
         try:
             with suppress(_Enough):
-                decoder.forward(ids, mask, 1)
+                decoder.forward(ids, mask, 1, None if begun is None else begun.cache)
         finally:
             for hook in hooks:
                 hook.remove()
         if len(seen) != len(blocks):
             raise ValueError("a block does not run once")
         return [
-            torch.stack([states[row, -len(one) :].to("cpu", copy=True) for states in seen])
+            torch.stack([states[row, front - len(one) :].to("cpu", copy=True) for states in seen])
             for row, one in enumerate(batch)
         ]
 
@@ -160,10 +221,9 @@ def _passed(forward: Any, states: Tensor | None) -> Any:
     return passing
 
 
-def padded(states: Sequence[Tensor]) -> Tensor:
-    """States (T, d) of several rows as (rows, longest, d), padded on the left as ids are."""
-    width = max(map(len, states))
-    return torch.stack([pad(one, (0, 0, width - len(one), 0)) for one in states])
+def _behind(front: Sequenced, ids: Sequence[int]) -> bool:
+    """Whether a sequence begins with `front` and goes on."""
+    return len(ids) > len(front) and tuple(ids[: len(front)]) == front
 
 
 def _stream(output: Any) -> Tensor:

@@ -19,7 +19,7 @@ from engine.measure import measure
 from engine.memory import release
 from engine.preparation import Ready, prepare
 from engine.report import Report
-from engine.scorers import Asked, Found, Share, learn, score, score_share
+from engine.scorers import Asked, Found, Share, note, score, score_share
 from engine.scorers.harness import benchmark
 from engine.selection import select
 from engine.texts import check_length, context_of
@@ -179,7 +179,8 @@ class Session:
                     ready.decoder, ready.roles[share.role], share, ready.refusals, report
                 )
 
-            self._lanes = Lanes(count, work, partial(learn, ready.decoder))
+            decoder = ready.decoder
+            self._lanes = Lanes(count, work, partial(note, decoder), decoder.study, decoder.keep)
         return self._lanes
 
     def close_lanes(self) -> None:

@@ -20,7 +20,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from engine.head import entering_head
-from engine.lower import padded
 
 if TYPE_CHECKING:
     from engine.decode import Decoder
@@ -283,6 +282,12 @@ def _joined(
         return whole if back is None else whole[back.to(whole.device)]
 
     return one([keys for keys, _ in found]), one([values for _, values in found])
+
+
+def padded(states: Sequence[Tensor]) -> Tensor:
+    """States (T, d) of several rows as (rows, longest, d), padded on the left as ids are."""
+    width = max(map(len, states))
+    return torch.stack([pad(one, (0, 0, width - len(one), 0)) for one in states])
 
 
 def leave_empty(layers: Sequence[Any], rows: int, held: int, device: torch.device) -> None:

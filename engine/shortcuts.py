@@ -29,9 +29,9 @@ from engine.batch import Batch
 from engine.decode import ORIGINAL, Decoder
 from engine.drafts import Drafts
 from engine.ending import feed_forward, only_last
-from engine.lower import Lower, padded
+from engine.lower import Lower
 from engine.memory import is_out_of_memory
-from engine.shared import begin, editable_cache, read_apart, rest
+from engine.shared import begin, editable_cache, padded, read_apart, rest
 
 CUTS = (0, 1, 3, 6)  # tokens left out at the front of each row that is tried
 FEWEST = 4  # tokens of a row

@@ -104,7 +104,7 @@ def score(
     """The scores of each of `edits`; of the model as it is (one) where there are none.
 
     on_scored   called with the place of an edit and its scores as soon as they are known
-    lanes       processes of `score_share` and `learn`
+    lanes       processes of `score_share`, which tell one another what they found
     more        asked for further edits, whose places follow, before it runs out of them
     """
     scored: dict[int, Scored] = {}
@@ -133,7 +133,8 @@ def score(
         lanes.run(following, report, done)
     while lanes is None and (share := following()) is not None:
         found = score_share(decoder, prompts, share, refusals, report)
-        learn(decoder, found)
+        note(decoder, found)
+        decoder.keep(decoder.study())
         done(len(begun) - 1, found)
     return [scored[place] for place in sorted(scored)]
 
@@ -147,10 +148,11 @@ def _shares(decoder: Decoder, prompts: RoleSet, edits: Sequence[Edit], asked: As
     ]
 
 
-def learn(decoder: Decoder, found: Found) -> None:
-    """Let later shares of this decoder be faster by what was found for one."""
+def note(decoder: Decoder, found: Found) -> None:
+    """Let later shares of this decoder be faster by what was found for one: the part of it that
+    takes no time, after which `Decoder.study` and `Decoder.keep` do the other."""
     decoder.shrink(found.limit)
-    decoder.learn(found.rows, found.answers, found.read)
+    decoder.note(found.rows, found.answers, found.read)
 
 
 def score_share(

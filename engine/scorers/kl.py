@@ -29,10 +29,9 @@ from torch import Tensor
 from engine.decode import ORIGINAL, Answer, Decoder
 from engine.ending import only_last
 from engine.head import entering_head
-from engine.lower import padded
 from engine.memory import Shape, forward_row, free_bytes
 from engine.report import Report
-from engine.shared import begin, editable_cache, rest
+from engine.shared import begin, editable_cache, padded, rest
 from jobs.spec.memory import KL_CHUNK, KL_SHARE, compared_rows, comparing_bytes
 
 if TYPE_CHECKING:

@@ -295,14 +295,18 @@ def test_states_stay_within_their_budget(ready: Ready, monkeypatch: pytest.Monke
     one: Tensor = lower.read(decoder, inputs[:1])[0]
     assert one.shape == (len(lower.stations), len(inputs[0]), ready.anatomy.hidden)
     monkeypatch.setattr(lower, "_budget", 2 * one.nbytes)
-    lower.learn(decoder, inputs)
-    assert all(lower.states(ids, lower.stations[0]) is None for ids in inputs)  # only once so far
-    lower.learn(decoder, inputs)
-    kept = [ids for ids in inputs if lower.states(ids, lower.stations[0]) is not None]
-    assert 0 < len(kept) < len(inputs)
+
+    def learn(sequences: list[list[int]]) -> list[list[int]]:
+        """Those of which states are kept then."""
+        lower.note(sequences)
+        lower.keep(lower.study(decoder))
+        return [ids for ids in inputs if lower.states(ids, lower.stations[0]) is not None]
+
+    assert not learn(inputs)  # which were read only once so far
+    assert 0 < len(learn(inputs)) < len(inputs)
     for _ in range(10):
-        lower.learn(decoder, inputs[-1:])  # the others make room, not used for long
-    assert lower.states(inputs[-1], lower.stations[0]) is not None
+        kept = learn(inputs[-1:])  # the others make room, not read for long
+    assert inputs[-1] in kept
 
 
 def test_states_are_those_of_the_original(ready: Ready) -> None:
@@ -317,3 +321,31 @@ def test_states_are_those_of_the_original(ready: Ready) -> None:
         (states,) = lower.read(decoder, [ids])
     for place, station in enumerate(lower.stations):
         torch.testing.assert_close(states[place], whole[station][0], rtol=1e-5, atol=1e-5)
+
+
+def test_states_of_what_all_begin_with_are_kept_once_and_by_all_copies(ready: Ready) -> None:
+    """Of sequences that begin alike, one that does not, and in a copy that studied nothing."""
+    decoder = ready.decoder
+    before = ready.formatter.ids("Where do I buy a lamp for the hall?")
+    inputs = [before + ready.formatter.ids(text) for side in prompts(8) for text in side]
+    front = alike(inputs)
+    assert decoder.shares and len(inputs) * front > front + decoder.overhead
+    inputs.append(inputs[0][1:])
+    ours, copy = (Lower(ready.anatomy, 0) for _ in range(2))
+    for lower in (ours, copy):
+        lower.note(inputs[:-1] * 2)
+    studied = ours.study(decoder)
+    for lower in (ours, copy):
+        lower.keep(studied)
+        lower.note(inputs[-1:] * 2)
+        lower.keep(lower.study(decoder))
+    assert studied is not None and len(studied.front) == front
+    assert all(states.shape[1] == len(key) - front for key, states in studied.states.items())
+    for ids in inputs:
+        with torch.inference_mode():
+            (truth,) = ours.read(decoder, [ids])
+        for lower in (ours, copy):
+            for place, station in enumerate(lower.stations):
+                states = lower.states(ids, station)
+                assert states is not None
+                torch.testing.assert_close(states, truth[place], rtol=1e-4, atol=1e-4)

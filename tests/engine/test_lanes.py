@@ -9,11 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from multiprocessing import Barrier, Event
+from multiprocessing import Barrier, Event, Value
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Timer
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import pytest
@@ -62,9 +62,11 @@ def run(
     count: int,
     report: Report | None = None,
     learn: Callable[[Found], None] = lambda found: None,
+    study: Callable[[], Any] = lambda: None,
+    keep: Callable[[Any], None] = lambda studied: None,
 ) -> tuple[list[Found], list[int]]:
     """What two lanes find, and in which order this process heard of it; they are gone then."""
-    lanes, items = Lanes(2, work, learn), iter(range(count))
+    lanes, items = Lanes(2, work, learn, study, keep), iter(range(count))
     found: dict[int, Found] = {}
     try:
         lanes.run(lambda: next(items, None), report or Silent(), found.__setitem__)
@@ -130,6 +132,27 @@ def test_a_lane_knows_what_was_found_some_items_before() -> None:
         again += [(run_of.start + number, len(one)) for number, one in ended.items()]
     lanes.close()
     assert sorted(again) == list(enumerate(expected))
+
+
+def test_one_lane_studies_what_all_keep() -> None:
+    """What one makes of all it has learned is there, in both, when the next item begins."""
+    learned, kept, studies = list[int](), list[tuple[int, ...]](), Value("i", 0)
+
+    def study() -> tuple[int, ...] | None:
+        with studies:
+            studies.value += 1
+        return tuple(learned) if learned[-1] % 2 else None  # nothing new of some
+
+    def work(item: int, report: Report) -> tuple[int, list[tuple[int, ...]]]:
+        return item, list(kept)
+
+    def learn(found: tuple[int, list[tuple[int, ...]]]) -> None:
+        learned.append(found[0])
+
+    found, _ = run(work, 6, None, learn, study, kept.append)
+    everything = [(0, 1), (0, 1, 2, 3)]
+    assert [one for _, one in found] == [everything[:count] for count in (0, 0, 0, 1, 1, 2)]
+    assert studies.value == 4  # after items 0, 1, 2 and 3, each by one lane
 
 
 def test_items_that_come_while_it_runs() -> None:
