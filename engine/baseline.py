@@ -92,7 +92,7 @@ def baseline(
         again: list[list[int]] = []
         if role == "search" and request.purpose == "abliterate":  # weak edits answer the same
             again = [ids + answer.whole for ids, answer in zip(harmful, answers, strict=True)]
-        decoder.learn([Row(ids) for ids in harmful], answers, again)
+        decoder.learn([Row(ids) for ids in harmful], answers, again, report)
         scored[role] = count(role, answers, unmoved, refusals, time.monotonic() - begun)
     further = Further(refusal_tokens(refused), pieces)
     for role, found in scored.items():
@@ -120,5 +120,5 @@ def _with_harmless(
     first: Reference | None = None
     if role == "search" and request.purpose == "abliterate":  # what each candidate is compared with
         first = reread(decoder, harmless, [1] * len(harmless), report)
-        decoder.learn([], [], harmless * 2)  # they come again with every candidate
+        decoder.note([], [], harmless * 2)  # they come again with every candidate
     return RoleSet(role, harmful, reference, harmless, lengths, first)

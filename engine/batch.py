@@ -19,6 +19,7 @@ from jobs.spec.memory import DRAFT_CHUNK
 if TYPE_CHECKING:
     from engine.decode import Decoder
     from engine.edit import Edit
+    from engine.lower import States
 
 
 class Batch:
@@ -67,7 +68,7 @@ class Batch:
 
     def read(
         self, inputs: Sequence[list[int]], edits: Sequence[Edit], numbers: Sequence[int],
-        states: Sequence[Tensor] = (),
+        states: Sequence[States] = (),
     ) -> None:  # fmt: skip
         """Read of `inputs`, the rows' tokens so far, what is cheaper to read before the rest.
 
@@ -101,7 +102,7 @@ class Batch:
         for tokens, new in zip(self.tokens, torch.stack(fresh, dim=1).tolist(), strict=True):
             tokens += new
 
-    def verify(self, drafts: Sequence[list[int]], states: Sequence[Tensor] = ()) -> None:
+    def verify(self, drafts: Sequence[list[int]], states: Sequence[States] = ()) -> None:
         """Every row gets the tokens of its draft that it would have chosen, and one more.
 
         `states`: of each row what enters the station over its prompt, its tokens and its draft at
@@ -155,7 +156,7 @@ class Batch:
 
     @contextmanager
     def _skipping(
-        self, width: int, longest: int, drafts: Sequence[list[int]], states: Sequence[Tensor]
+        self, width: int, longest: int, drafts: Sequence[list[int]], states: Sequence[States]
     ) -> Iterator[None]:
         """Within the block the forward of `width` columns, the last `longest` of which are drafts,
         begins at the station, if there is one."""

@@ -181,17 +181,22 @@ class Decoder:
         """Take over the `limit` of another decoder of this model that ran out of memory."""
         if limit is not None and (self.limit is None or limit < self.limit):
             self.limit, self.batch_size = limit, min(self.batch_size, limit)
+            release()  # it runs out here, too, if we keep what we do not use
 
     def learn(
-        self, rows: Sequence[Row], answers: Sequence[Answer], read: Sequence[list[int]] = ()
+        self,
+        rows: Sequence[Row],
+        answers: Sequence[Answer],
+        read: Sequence[list[int]],
+        report: Report,
     ) -> None:
         """Let these answers be drafts of later ones, and keep what the original computes over them
         and over what else was `read`, where both will come again."""
         self.note(rows, answers, read)
-        self.keep(self.study())
+        self.keep(self.study(report))
 
     def note(
-        self, rows: Sequence[Row], answers: Sequence[Answer], read: Sequence[list[int]] = ()
+        self, rows: Sequence[Row], answers: Sequence[Answer], read: Sequence[list[int]]
     ) -> None:
         """The part of `learn` that takes no time."""
         known = list(read)
@@ -203,10 +208,10 @@ class Decoder:
         if self.lower is not None and known:
             self.lower.note(known)
 
-    def study(self) -> Studied | None:
+    def study(self, report: Report) -> Studied | None:
         """What the original computes over sequences that were noted and will come again; None where
         that is nothing new."""
-        return None if self.lower is None else self.lower.study(self)
+        return None if self.lower is None else self.lower.study(self, report)
 
     def keep(self, studied: Studied | None) -> None:
         """Keep what was studied of what was noted: here, or in a copy that noted the same."""

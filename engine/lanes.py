@@ -37,6 +37,7 @@ from jobs.spec.protocol import Scored
 MOST = LANES["cpu"] if sys.platform == "linux" else 1  # elsewhere libraries do not bear a fork
 POLL = 0.2  # seconds after which a stop is seen at the latest, and between a lane's reports
 SOON = 0.01  # seconds after which a lane without work looks whether some has come
+STUDY = -1  # the number of what is studied, among those of items
 KEPT = 3  # descriptors that a lane keeps: standard input, output and error
 
 Item = TypeVar("Item")
@@ -57,10 +58,10 @@ class Lanes(Generic[Item, Found]):
     work(item, report)  runs in a lane, a copy of this process as it was when `Lanes` was made: what
                         it changes stays there. It reports through this process.
     learn(found)        runs in every lane, for whatever any of them found
-    study()             runs in one lane, after all of them learned something
-    keep(studied)       runs in every lane, with what that one made; not for None
+    study(report)       runs in one lane, after all of them learned something
+    keep(studied)       runs in every lane, with what that one made
     lag                 items after which what one of them taught is known, at most: enough that no
-                        lane waits, and the same whoever is faster (see `known`)
+                        lane waits but for a study, and the same whoever is faster (see `known`)
     Items and what is found go through pipes, by value (`engine.parcel`).
     """
 
@@ -69,7 +70,7 @@ class Lanes(Generic[Item, Found]):
         count: int,
         work: Callable[[Item, Report], Found],
         learn: Callable[[Found], None] = _nothing,
-        study: Callable[[], Any] = _nothing,
+        study: Callable[[Report], Any] = _nothing,
         keep: Callable[[Any], None] = _nothing,
     ) -> None:
         self._lanes: list[_Lane] = []
@@ -146,10 +147,12 @@ class Lanes(Generic[Item, Found]):
                         shown.forget(number)
                         done(number - first, what)
                     elif kind == "studied":
-                        for each in self._lanes if what is not None else ():
+                        for each in self._lanes:
                             each.send("keep", what)
                         idle.insert(0, busy.pop(ready))
+                        shown.forget(number)
                         studying = False
+                        what = None  # states are large
                     elif kind == "failed":
                         raise what
                     else:
@@ -250,7 +253,7 @@ class _Tasks:
 
     work: Callable[[Any, Report], Any]
     learn: Callable[[Any], None]
-    study: Callable[[], Any]
+    study: Callable[[Report], Any]
     keep: Callable[[Any], None]
 
 
@@ -288,19 +291,23 @@ def _serve(pipe: Connection, tasks: _Tasks) -> None:
             except BaseException as error:
                 _send_error(pipe, error)
                 raise
+            del parcel
 
 
 def _work(messages: SimpleQueue[tuple[str, Any]], pipe: Connection, tasks: _Tasks) -> None:
     try:
         while True:
+            what = None  # nothing large is held while it waits
             kind, what = messages.get()
             if kind == "learn":
                 tasks.learn(what)
             elif kind == "keep":
-                tasks.keep(what)
+                tasks.keep(unpacked(what))
             elif kind == "study":
                 torch.set_num_threads(what)
-                _put(pipe, "studied", 0, tasks.study())
+                studied = tasks.study(_Part(pipe, STUDY))
+                _put(pipe, "studied", STUDY, packed(studied))  # which goes on as it is
+                del studied
             else:
                 place, item, threads = what
                 torch.set_num_threads(threads)

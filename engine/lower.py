@@ -10,17 +10,20 @@ The truth is the forward of all blocks: `engine.shortcuts` compares the two befo
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from engine.anatomy import Anatomy
+from engine.report import Report
 from engine.shared import ORIGINAL, alike, begin, editable_cache, rest
 from jobs.spec.memory import STATIONS, lower_bytes
 
@@ -35,9 +38,10 @@ Sequenced = tuple[int, ...]
 
 @dataclass
 class _Kept:
-    """States of one sequence (stations, T, d) on the CPU, and the round it was last read in.
+    """States of one sequence on the CPU, (stations, T − front, d).
 
     front   tokens at its beginning whose states are kept once for all
+    read    the round in which it was last read
     """
 
     states: Tensor
@@ -46,9 +50,27 @@ class _Kept:
 
 
 @dataclass(frozen=True)
+class States:
+    """What enters a block on the tokens of a sequence, in two parts, (F, d) and (T − F, d).
+
+    A slice of them is a tensor: states[2:5] is (3, d).
+    """
+
+    front: Tensor
+    behind: Tensor
+
+    def __getitem__(self, places: slice) -> Tensor:
+        """Those at these places."""
+        start, stop, _ = places.indices(len(self.front) + len(self.behind))
+        held = len(self.front)
+        behind = self.behind[max(0, start - held) : max(0, stop - held)]
+        return behind if start >= held else torch.cat([self.front[start:stop], behind])
+
+
+@dataclass(frozen=True)
 class Studied:
     """The original's states (stations, T, d) by sequence; of those that begin with `front` only
-    what comes behind it, whose own states are `before`."""
+    what comes behind it, whose own states are `before`, None if they are kept already."""
 
     front: Sequenced
     before: Tensor | None
@@ -65,7 +87,7 @@ class Lower:
     lower.note(sequences)                           # what was read; twice, and it is kept
     lower.keep(lower.study(decoder))
     station = lower.station(edits)                  # 0: nothing is saved
-    states = [lower.states(ids, station) for ids in sequences]
+    states = [lower.states(ids, station) for ids in sequences]      # States, or None
     with lower.skipping(station, padded):           # (rows, t, d), as wide as the ids
         decoder.forward(...)
 
@@ -96,15 +118,15 @@ class Lower:
             first = min([first, *(w.layer for w, change in pairs if change is not None)])
         return max((station for station in self.stations if station <= first), default=0)
 
-    def states(self, ids: Sequence[int], station: int) -> Tensor | None:
-        """What enters block `station` on these tokens, (T, d) on the CPU; None if not kept."""
+    def states(self, ids: Sequence[int], station: int) -> States | None:
+        """What enters block `station` on these tokens, on the CPU; None if not kept."""
         kept = self._kept.get(tuple(ids))
         if kept is None:
             return None
         place = self.stations.index(station)
-        if not kept.front or self._before is None:
-            return kept.states[place]
-        return torch.cat([self._before[place], kept.states[place]])
+        behind = kept.states[place]
+        front = behind[:0] if self._before is None else self._before[place, : kept.front]
+        return States(front, behind)
 
     def note(self, sequences: Sequence[list[int]]) -> None:
         """Say that these sequences were read; those that come again are worth keeping."""
@@ -118,49 +140,56 @@ class Lower:
         self._seen.update(map(hash, times))
 
     @torch.inference_mode()
-    def study(self, decoder: Decoder) -> Studied | None:
+    def study(self, decoder: Decoder, report: Report) -> Studied | None:
         """Read with the original what is worth keeping, as much as there is room for; None where
         nothing is."""
         wanted = [list(key) for key in dict.fromkeys(self._wanted)]
-        room = self._budget - self._held + sum(one.states.nbytes for one in self._stale().values())
+        room = self._budget - self._held + sum(kept.states.nbytes for _, kept in self._stale())
         if not wanted or room <= 0:
             return None
         decoder.select([], [])
         wanted.sort(key=len)
-        front, before = self._front, self._before
-        if before is None and decoder.shares and len(wanted) > 1:
+        front, before = self._front, None
+        if not front and decoder.shares and len(wanted) > 1:
             front = tuple(wanted[0][: alike(wanted)])
-            before = self.read(decoder, [list(front)])[0] if front else None
-        behind = [ids for ids in wanted if _behind(front, ids)]
-        others = [ids for ids in wanted if not _behind(front, ids)]
+            if front:
+                before = self.read(decoder, [list(front)])[0]
+                room -= before.nbytes
+        token = len(self.stations) * self._anatomy.hidden * decoder.model.dtype.itemsize
+        rest_of = [len(ids) - _covered(front, ids) for ids in wanted]
+        wanted = wanted[: bisect_right(list(accumulate(rest_of)), room // token)]
         states: dict[Sequenced, Tensor] = {}
-        for some, held in ((behind, len(front)), (others, 0)):
-            while some and room > 0:
+        for held in (len(front), 0):
+            some = [ids for ids in wanted if _covered(front, ids) == held]
+            while some := [ids for ids in some if tuple(ids) not in states]:
+                report.progress("kept states", len(states), len(wanted))
                 batch = some[: decoder.batch_size]
                 with decoder.surviving(len(batch)):
-                    found = self.read(decoder, batch, held)
-                    states |= zip(map(tuple, batch), found, strict=True)
-                    room -= sum(one.nbytes for one in found)
-                    some = some[len(batch) :]
+                    states |= zip(map(tuple, batch), self.read(decoder, batch, held), strict=True)
         return Studied(front, before, states)
 
     def keep(self, studied: Studied | None) -> None:
-        """Keep what was studied of all that has been noted so far."""
+        """Keep what was studied of all that has been noted so far; what was not read for long makes
+        room, as far as it must."""
         self._wanted.clear()
         if studied is None:
             return
-        for key, stale in self._stale().items():
+        if studied.before is not None:
+            self._front, self._before = studied.front, studied.before
+            self._held += studied.before.nbytes
+        for key, states in studied.states.items():
+            self._kept[key] = _Kept(states, _covered(studied.front, key), self._round)
+            self._held += states.nbytes
+        for key, stale in self._stale():
+            if self._held <= self._budget:
+                break
             self._held -= stale.states.nbytes
             del self._kept[key]
-        self._front, self._before = studied.front, studied.before
-        for key, states in studied.states.items():
-            front = len(studied.front) if _behind(studied.front, key) else 0
-            self._kept[key] = _Kept(states, front, self._round)
-            self._held += states.nbytes
 
-    def _stale(self) -> dict[Sequenced, _Kept]:
-        """What was not read for long."""
-        return {key: one for key, one in self._kept.items() if self._round - one.read > STALE}
+    def _stale(self) -> list[tuple[Sequenced, _Kept]]:
+        """What was not read for long, the longest first."""
+        old = [(key, kept) for key, kept in self._kept.items() if self._round - kept.read > STALE]
+        return sorted(old, key=lambda pair: pair[1].read)
 
     def read(self, decoder: Decoder, batch: Sequence[list[int]], front: int = 0) -> list[Tensor]:
         """The original's states of each sequence behind the first `front` tokens, which are the
@@ -221,9 +250,11 @@ def _passed(forward: Any, states: Tensor | None) -> Any:
     return passing
 
 
-def _behind(front: Sequenced, ids: Sequence[int]) -> bool:
-    """Whether a sequence begins with `front` and goes on."""
-    return len(ids) > len(front) and tuple(ids[: len(front)]) == front
+def _covered(front: Sequenced, ids: Sequence[int]) -> int:
+    """Tokens of a sequence whose states are kept once for all: of those that begin with `front`
+    and go on."""
+    behind = len(ids) > len(front) and tuple(ids[: len(front)]) == front
+    return len(front) if behind else 0
 
 
 def _stream(output: Any) -> Tensor:

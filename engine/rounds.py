@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from engine.batch import Batch
 from engine.choice import until
 from engine.drafts import FIRST, LONGEST, worthwhile
@@ -17,6 +15,7 @@ from engine.shared import ORIGINAL
 if TYPE_CHECKING:
     from engine.decode import Decoder
     from engine.edit import Edit
+    from engine.lower import States
 
 DROP_SHARE = 1 / 16  # finished rows are dropped once they are this share of the batch
 
@@ -67,7 +66,7 @@ class _Live:
 
     index: int
     row: Row
-    known: list[tuple[list[int], Tensor]] = field(default_factory=list)
+    known: list[tuple[list[int], States]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     checked: int = 0
     done: bool = False

@@ -24,6 +24,7 @@ from engine.head import entering_head
 if TYPE_CHECKING:
     from engine.decode import Decoder
     from engine.edit import Edit
+    from engine.lower import States
 
 ORIGINAL = -1  # a row's edit: none
 Layers = list[tuple[Tensor, Tensor] | None]  # keys and values of each layer, (rows, heads, T, ·)
@@ -110,7 +111,7 @@ def begin(
     numbers: Sequence[int],
     most: int,
     station: int = 0,
-    states: Sequence[Tensor] = (),
+    states: Sequence[States] = (),
 ) -> Read | None:
     """Read up to `most` tokens that all `inputs` begin with, for rows with the edits `numbers`,
     which are then selected; None where that costs more than it saves.
@@ -149,7 +150,7 @@ def _known(
 
 def _front(
     decoder: Decoder, ids: list[int], edits: Sequence[Edit], distinct: list[int], station: int,
-    states: Sequence[Tensor],
+    states: Sequence[States],
 ) -> Beginning:  # fmt: skip
     """Read `ids` once for each edit of `distinct`."""
     decoder.select(edits, distinct)
@@ -167,7 +168,7 @@ def read_apart(
     edits: Sequence[Edit],
     numbers: Sequence[int],
     station: int = 0,
-    states: Sequence[Tensor] = (),
+    states: Sequence[States] = (),
 ) -> tuple[Read, Tensor] | None:
     """Read all tokens but the last of `inputs`, those of like lengths together, for rows with the
     edits `numbers`, which are then selected; what is read, and its mask. None where that costs more
@@ -194,8 +195,8 @@ def read_apart(
             begun = Read(DynamicCache(), 0, [])
             decoder.select(edits, mine)
         ids, mask = rest(ids, mask, begun.held)
-        entering = [one[begun.held : len(ids)] for one, ids in zip(entering, some, strict=False)]
-        _forward(decoder, ids, mask, begun.cache, station, entering)
+        behind = [one[begun.held : len(ids)] for one, ids in zip(entering, some, strict=False)]
+        _forward(decoder, ids, mask, begun.cache, station, behind)
         parts.append(_layers(begun.cache, begun.skipped))
         masks.append(mask)
     width = max(mask.shape[1] for mask in masks)

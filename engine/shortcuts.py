@@ -124,10 +124,16 @@ def choose_lower(decoder: Decoder, anatomy: Anatomy, weight_bytes: int, ids: Seq
     if not decoder.pads or decoder.mixes:
         return
     rows = _rows(ids)
+    front = rows[0][:FEWEST] if decoder.shares else []
+    rows = [front + row for row in rows]
     lower = Lower(anatomy, weight_bytes, decoder.lanes)
     truth = _last_logits(decoder, rows)
+    saved, decoder.overhead = decoder.overhead, 0  # so that the front is read once here
     try:
-        states = lower.read(decoder, rows)
+        states = lower.read(decoder, rows, len(front))
+        if front:
+            (before,) = lower.read(decoder, [front])
+            states = [torch.cat([before, one], dim=1) for one in states]
         for place, station in enumerate(lower.stations):
             with lower.skipping(station, padded([one[place] for one in states])):
                 if not _alike(decoder, _last_logits(decoder, rows), truth):
@@ -136,6 +142,8 @@ def choose_lower(decoder: Decoder, anatomy: Anatomy, weight_bytes: int, ids: Seq
         if is_out_of_memory(error):
             raise
         return
+    finally:
+        decoder.overhead = saved
     decoder.lower = lower
     decoder.ending = _ending(decoder, anatomy, rows, truth)
 

@@ -203,7 +203,8 @@ def _phases(spec: JobSpec, shape: Shape, weights: Weights, work: Workload) -> li
         add("edit bases", {"bases": bases, "copies": 2 * FLOAT32 * weights.widest})
     rows = work.rows(max(work.scored, work.heldout))
     decoded = _decoding(shape, rows, work.prompt, work.new)
-    add("baseline", {"bases": bases, "stacks": stacks, **decoded, **originals})
+    own = {"bases": bases, "stacks": stacks, "lower": lower // work.lanes}
+    add("baseline", {**own, **decoded, **originals})
     grown: dict[str, int] = {}
     if edits:
         grown["heap"] = FORKED * work.lanes if work.lanes > 1 else 0

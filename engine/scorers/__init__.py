@@ -134,7 +134,7 @@ def score(
     while lanes is None and (share := following()) is not None:
         found = score_share(decoder, prompts, share, refusals, report)
         note(decoder, found)
-        decoder.keep(decoder.study())
+        decoder.keep(decoder.study(report))
         done(len(begun) - 1, found)
     return [scored[place] for place in sorted(scored)]
 

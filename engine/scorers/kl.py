@@ -36,6 +36,7 @@ from jobs.spec.memory import KL_CHUNK, KL_SHARE, compared_rows, comparing_bytes
 
 if TYPE_CHECKING:
     from engine.edit import Edit
+    from engine.lower import States
 
 WORST = 1e6  # nats; stands for a divergence that is not finite
 
@@ -187,9 +188,9 @@ def _read(
 
 def _kept(
     decoder: Decoder, inputs: Sequence[list[int]], edits: Sequence[Edit]
-) -> tuple[int, list[Tensor]]:
-    """The block at which a forward of `inputs` may begin, and what enters it in the original,
-    (T, d) of each; 0 where that is not known of all."""
+) -> tuple[int, list[States]]:
+    """The block at which a forward of `inputs` may begin, and what enters it in the original; 0
+    where that is not known of all."""
     station = 0 if decoder.lower is None or not edits else decoder.lower.station(edits)
     if decoder.lower is None or not station:
         return 0, []

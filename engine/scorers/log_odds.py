@@ -64,12 +64,18 @@ def per_prompt(
     while pending:
         batch = pending[: decoder.batch_size]
         with decoder.surviving(len(batch)):
-            ids, mask = decoder.padded([prompts[place] for place in batch])
-            logits = decoder.forward(ids, mask, 1).logits[:, -1]
-            found.update(zip(batch, log_odds(logits, tokens).tolist(), strict=True))
+            odds = _of_batch(decoder, [prompts[place] for place in batch], tokens)
+            found |= zip(batch, odds, strict=True)
         pending = [place for place in pending if place not in found]
         report.progress("log-odds", len(found), len(prompts))
     return torch.tensor([found[place] for place in range(len(prompts))], dtype=torch.float64)
+
+
+def _of_batch(
+    decoder: Decoder, batch: Sequence[list[int]], tokens: Sequence[int]
+) -> list[float]:  # fmt: skip
+    ids, mask = decoder.padded(batch)
+    return log_odds(decoder.forward(ids, mask, 1).logits[:, -1], tokens).tolist()
 
 
 def value(

@@ -46,14 +46,21 @@ def perplexity(decoder: Decoder, pieces: Sequence[list[int]], report: Report) ->
     while pending:
         batch = pending[: _rows(decoder, len(pieces[pending[0]]))]
         with decoder.surviving(len(batch)):
-            ids, mask = decoder.padded([pieces[place] for place in batch])
-            logits = decoder.forward(ids, mask, ids.shape[1]).logits
-            for row, place in enumerate(batch):
-                count = len(pieces[place])
-                losses[place] = _loss(logits[row, -count:-1], ids[row, -count + 1 :])
+            found = _losses(decoder, [pieces[place] for place in batch])
+            losses |= zip(batch, found, strict=True)
         pending = [place for place in pending if place not in losses]
         report.progress("perplexity", len(losses), len(pieces))
     return _value([(losses[place], len(pieces[place]) - 1) for place in range(len(pieces))])
+
+
+def _losses(decoder: Decoder, batch: Sequence[list[int]]) -> list[float]:
+    """Of each piece, summed over its tokens but the first."""
+    ids, mask = decoder.padded(batch)
+    logits = decoder.forward(ids, mask, ids.shape[1]).logits
+    return [
+        _loss(logits[row, -len(piece) : -1], ids[row, -len(piece) + 1 :])
+        for row, piece in enumerate(batch)
+    ]
 
 
 def _rows(decoder: Decoder, tokens: int) -> int:

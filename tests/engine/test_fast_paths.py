@@ -83,7 +83,7 @@ class Case:
     def answers(self, edit: Edit) -> list[list[int]]:
         rows = [Row(ids, 0) for ids in self.prompts]
         found = self.decoder.answers(rows, [edit], NEW, Silent(), "answers")
-        self.decoder.learn(rows, found)
+        self.decoder.learn(rows, found, [], Silent())
         return [answer.tokens for answer in found]
 
     def beside(self, edit: Edit, report: Report) -> list[list[int]]:
@@ -105,7 +105,7 @@ class Case:
                 divergences(self.decoder, reference, [edit], Silent(), "kl")[0]
                 for edit in self.edits
             ]
-            self.decoder.learn([], [], reference.inputs)
+            self.decoder.learn([], [], reference.inputs, Silent())
         return found
 
 
@@ -206,7 +206,7 @@ def test_kept_states_shorten_the_forwards(ready: Ready) -> None:
             before = ran
             rows = [Row(ids, 0) for ids in inputs]
             found = decoder.answers(rows, [edit], NEW, Silent(), "answers")
-            decoder.learn(rows, found)
+            decoder.learn(rows, found, [], Silent())
             answers.append([answer.tokens for answer in found])
             runs.append(ran - before)
     finally:
@@ -225,7 +225,7 @@ def test_decisions_do_not_depend_on_what_was_answered_before(ready: Ready) -> No
     def answers(edit: Edit) -> list[tuple[list[int], str, bool]]:
         rows = [Row(ids, 0) for ids in inputs]
         found = decoder.answers(rows, [edit], NEW, Silent(), "answers", refusals.decided)
-        decoder.learn(rows, found)
+        decoder.learn(rows, found, [], Silent())
         return [(answer.tokens, answer.text, answer.ended) for answer in found]
 
     with without(decoder):
@@ -290,23 +290,31 @@ def test_drafts_are_read_where_that_is_cheaper(
 def test_states_stay_within_their_budget(ready: Ready, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = ready.decoder
     inputs = [ready.formatter.ids(text) for text in prompts(8)[0]]
-    monkeypatch.setattr(decoder, "batch_size", 1)
     lower = Lower(ready.anatomy, 0)
     one: Tensor = lower.read(decoder, inputs[:1])[0]
     assert one.shape == (len(lower.stations), len(inputs[0]), ready.anatomy.hidden)
-    monkeypatch.setattr(lower, "_budget", 2 * one.nbytes)
+    budget = 3 * one.nbytes
+    monkeypatch.setattr(lower, "_budget", budget)
+    front = alike(inputs)
 
     def learn(sequences: list[list[int]]) -> list[list[int]]:
-        """Those of which states are kept then."""
+        """Those of which states are kept then, all in one batch if there were room."""
         lower.note(sequences)
-        lower.keep(lower.study(decoder))
+        lower.keep(lower.study(decoder, Silent()))
         return [ids for ids in inputs if lower.states(ids, lower.stations[0]) is not None]
 
+    def held(kept: list[list[int]]) -> int:
+        tokens = sum(len(ids) - front for ids in kept) + front
+        return tokens * one.nbytes // len(inputs[0])
+
     assert not learn(inputs)  # which were read only once so far
-    assert 0 < len(learn(inputs)) < len(inputs)
-    for _ in range(10):
-        kept = learn(inputs[-1:])  # the others make room, not read for long
-    assert inputs[-1] in kept
+    kept = learn(inputs)
+    assert 1 < len(kept) < len(inputs) and held(kept) <= budget
+    assert inputs[-1] not in kept  # the longest
+    for _ in range(8):
+        assert learn(inputs[-1:]) == kept
+    later = learn(inputs[-1:])  # the others make room, not read for long, as far as they must
+    assert inputs[-1] in later and 1 < len(later) <= len(kept) and held(later) <= budget
 
 
 def test_states_are_those_of_the_original(ready: Ready) -> None:
@@ -334,11 +342,11 @@ def test_states_of_what_all_begin_with_are_kept_once_and_by_all_copies(ready: Re
     ours, copy = (Lower(ready.anatomy, 0) for _ in range(2))
     for lower in (ours, copy):
         lower.note(inputs[:-1] * 2)
-    studied = ours.study(decoder)
+    studied = ours.study(decoder, Silent())
     for lower in (ours, copy):
         lower.keep(studied)
         lower.note(inputs[-1:] * 2)
-        lower.keep(lower.study(decoder))
+        lower.keep(lower.study(decoder, Silent()))
     assert studied is not None and len(studied.front) == front
     assert all(states.shape[1] == len(key) - front for key, states in studied.states.items())
     for ids in inputs:
@@ -348,4 +356,7 @@ def test_states_of_what_all_begin_with_are_kept_once_and_by_all_copies(ready: Re
             for place, station in enumerate(lower.stations):
                 states = lower.states(ids, station)
                 assert states is not None
-                torch.testing.assert_close(states, truth[place], rtol=1e-4, atol=1e-4)
+                assert len(states[:]) == len(ids)
+                for start, stop in ((0, len(ids)), (1, front + 2), (front + 1, len(ids) - 1)):
+                    part = truth[place][start:stop]
+                    torch.testing.assert_close(states[start:stop], part, rtol=1e-4, atol=1e-4)

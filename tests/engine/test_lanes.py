@@ -62,7 +62,7 @@ def run(
     count: int,
     report: Report | None = None,
     learn: Callable[[Found], None] = lambda found: None,
-    study: Callable[[], Any] = lambda: None,
+    study: Callable[[Report], Any] = lambda report: None,
     keep: Callable[[Any], None] = lambda studied: None,
 ) -> tuple[list[Found], list[int]]:
     """What two lanes find, and in which order this process heard of it; they are gone then."""
@@ -138,10 +138,10 @@ def test_one_lane_studies_what_all_keep() -> None:
     """What one makes of all it has learned is there, in both, when the next item begins."""
     learned, kept, studies = list[int](), list[tuple[int, ...]](), Value("i", 0)
 
-    def study() -> tuple[int, ...] | None:
+    def study(report: Report) -> tuple[int, ...]:
         with studies:
             studies.value += 1
-        return tuple(learned) if learned[-1] % 2 else None  # nothing new of some
+        return tuple(learned)
 
     def work(item: int, report: Report) -> tuple[int, list[tuple[int, ...]]]:
         return item, list(kept)
@@ -150,8 +150,8 @@ def test_one_lane_studies_what_all_keep() -> None:
         learned.append(found[0])
 
     found, _ = run(work, 6, None, learn, study, kept.append)
-    everything = [(0, 1), (0, 1, 2, 3)]
-    assert [one for _, one in found] == [everything[:count] for count in (0, 0, 0, 1, 1, 2)]
+    everything = [tuple(range(count)) for count in (1, 2, 3, 4)]
+    assert [one for _, one in found] == [everything[:count] for count in (0, 0, 1, 2, 3, 4)]
     assert studies.value == 4  # after items 0, 1, 2 and 3, each by one lane
 
 
@@ -240,6 +240,28 @@ def test_a_stop_ends_all_although_they_do_not_report(others: set[psutil.Process]
     assert set(psutil.Process().children()) == others
 
 
+def test_a_stop_ends_a_study(others: set[psutil.Process]) -> None:
+    """Also when no item is in work, and the study has told all it had to tell."""
+
+    class Stopping(Silent):
+        def __init__(self) -> None:
+            self.studied = 0
+
+        def progress(self, phase: str, *_: object) -> None:
+            self.studied += phase == "study"
+            if self.studied > 2:
+                raise EngineError("stopped", "the request was stopped")
+
+    def study(report: Report) -> None:
+        report.progress("study", 0, 1)
+        while True:
+            pass
+
+    with pytest.raises(EngineError, match="the request was stopped"):
+        run(lambda item, report: item, 3, Stopping(), study=study)
+    assert set(psutil.Process().children()) == others
+
+
 def test_lanes_end_with_their_process() -> None:
     """Also in the middle of something, when it is killed; and nobody waits for its pipes."""
     code = (
@@ -319,6 +341,25 @@ def scored(session: Session, candidates: list[Ablation], threads: int) -> list[S
     torch.set_num_threads(threads)
     assert session.ready.decoder.lanes == min(MOST, threads)
     return session.score(Score(candidates=candidates), Silent()).scored
+
+
+def test_lanes_keep_what_comes_again(session: Session) -> None:
+    """The search prompts with the original's answers from the start, others after their second
+    time, whichever lane had them."""
+    session.close_lanes()
+    torch.set_num_threads(2)
+    ready, lower = session.ready, session.ready.decoder.lower
+    assert lower is not None
+    outcomes = ready.prepared.baseline_outcomes["search"]
+    own = ready.decoder.drafts
+    assert own is not None and len(outcomes) == len(ready.roles["search"].harmful)
+    for ids in ready.roles["search"].harmful:
+        (answer,) = own.known(ids)
+        assert lower.states([*ids, *answer], lower.stations[0]) is not None
+    report = Counted()
+    strong = Ablation(attention=constant(1.0), mlp=constant(1.0))
+    session.handle(Score(candidates=[strong] * 4), report)
+    assert "kept states" in {phase for phase, _, _ in report.seen}
 
 
 def test_lanes_give_the_scores_of_one_after_the_other(session: Session) -> None:

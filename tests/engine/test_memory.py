@@ -29,7 +29,7 @@ from engine.memory import (
     free_bytes,
     is_out_of_memory,
 )
-from jobs.spec.memory import CPU_ROWS, CUDA_ROWS, cache_row
+from jobs.spec.memory import CPU_ROWS, CUDA_ROWS, cache_row, lower_bytes
 
 LLAMA_8B = Shape(
     layers=32, hidden=4096, queries=4096, kv=2 * 8 * 128, spread=2 * 4096, keeping=32, inner=14336,
@@ -86,6 +86,20 @@ def test_a_row_of_llama_8b() -> None:
     # wider: (2 · 4096 + 3 · 14336) · 2 bytes a token
     prompt = 131072 * 1000 + 1000 * (2 * 4096 + 3 * 14336) * 2 + 128256 * 2
     assert decode_row(LLAMA_8B, 1000, 4) == prompt == 233_728_512
+
+
+@pytest.mark.parametrize(
+    ("weights", "lanes", "each"),
+    [
+        (20 << 20, 1, 64 << 20),
+        (20 << 20, 2, 64 << 20),  # each process needs as much
+        (2_000_000_000, 1, 400_000_000),
+        (2_000_000_000, 2, 200_000_000),
+        (140_000_000_000, 1, 2 << 30),
+    ],
+)
+def test_room_for_kept_states(weights: int, lanes: int, each: int) -> None:
+    assert lower_bytes(weights, lanes) == each
 
 
 def test_a_forward_row_of_llama_8b() -> None:
