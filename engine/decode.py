@@ -193,7 +193,13 @@ class Decoder:
         """Let these answers be drafts of later ones, and keep what the original computes over them
         and over what else was `read`, where both will come again."""
         self.note(rows, answers, read)
-        self.keep(self.study(report))
+        self.study_and_keep(report)
+
+    def study_and_keep(self, report: Report) -> None:
+        """The part of `learn` that takes time."""
+        for studied in self.study(report):
+            self.keep(studied)
+        self.keep(None)
 
     def note(
         self, rows: Sequence[Row], answers: Sequence[Answer], read: Sequence[list[int]]
@@ -208,13 +214,13 @@ class Decoder:
         if self.lower is not None and known:
             self.lower.note(known)
 
-    def study(self, report: Report) -> Studied | None:
-        """What the original computes over sequences that were noted and will come again; None where
-        that is nothing new."""
-        return None if self.lower is None else self.lower.study(self, report)
+    def study(self, report: Report) -> Iterator[Studied]:
+        """What the original computes over sequences that were noted and will come again."""
+        return iter(()) if self.lower is None else self.lower.study(self, report)
 
     def keep(self, studied: Studied | None) -> None:
-        """Keep what was studied of what was noted: here, or in a copy that noted the same."""
+        """Keep what was studied of what was noted, here or in a copy that noted the same; None
+        after the last."""
         if self.lower is not None:
             self.lower.keep(studied)
 

@@ -18,7 +18,7 @@ import time
 import traceback
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
@@ -44,8 +44,13 @@ Item = TypeVar("Item")
 Found = TypeVar("Found")
 
 
-def _nothing(*_: Any) -> None:
-    """Neither learned nor studied nor kept."""
+def _nothing(_: Any) -> None:
+    """Nothing is learned, nothing kept."""
+
+
+def _no_pieces(_: Report) -> tuple[()]:
+    """Nothing is studied."""
+    return ()
 
 
 class Lanes(Generic[Item, Found]):
@@ -58,8 +63,8 @@ class Lanes(Generic[Item, Found]):
     work(item, report)  runs in a lane, a copy of this process as it was when `Lanes` was made: what
                         it changes stays there. It reports through this process.
     learn(found)        runs in every lane, for whatever any of them found
-    study(report)       runs in one lane, after all of them learned something
-    keep(studied)       runs in every lane, with what that one made
+    study(report)       runs in one lane, after all of them learned something, and gives pieces
+    keep(piece)         runs in every lane, with each piece that one made; with None after the last
     lag                 items after which what one of them taught is known, at most: enough that no
                         lane waits but for a study, and the same whoever is faster (see `known`)
     Items and what is found go through pipes, by value (`engine.parcel`).
@@ -70,7 +75,7 @@ class Lanes(Generic[Item, Found]):
         count: int,
         work: Callable[[Item, Report], Found],
         learn: Callable[[Found], None] = _nothing,
-        study: Callable[[Report], Any] = _nothing,
+        study: Callable[[Report], Iterable[Any]] = _no_pieces,
         keep: Callable[[Any], None] = _nothing,
     ) -> None:
         self._lanes: list[_Lane] = []
@@ -146,13 +151,15 @@ class Lanes(Generic[Item, Found]):
                         idle.append(busy.pop(ready))
                         shown.forget(number)
                         done(number - first, what)
-                    elif kind == "studied":
+                    elif kind == "piece":
                         for each in self._lanes:
                             each.send("keep", what)
+                    elif kind == "studied":
+                        for each in self._lanes:
+                            each.send("keep", None)
                         idle.insert(0, busy.pop(ready))
                         shown.forget(number)
                         studying = False
-                        what = None  # states are large
                     elif kind == "failed":
                         raise what
                     else:
@@ -253,7 +260,7 @@ class _Tasks:
 
     work: Callable[[Any, Report], Any]
     learn: Callable[[Any], None]
-    study: Callable[[Report], Any]
+    study: Callable[[Report], Iterable[Any]]
     keep: Callable[[Any], None]
 
 
@@ -291,23 +298,21 @@ def _serve(pipe: Connection, tasks: _Tasks) -> None:
             except BaseException as error:
                 _send_error(pipe, error)
                 raise
-            del parcel
 
 
 def _work(messages: SimpleQueue[tuple[str, Any]], pipe: Connection, tasks: _Tasks) -> None:
     try:
         while True:
-            what = None  # nothing large is held while it waits
             kind, what = messages.get()
             if kind == "learn":
                 tasks.learn(what)
             elif kind == "keep":
-                tasks.keep(unpacked(what))
+                tasks.keep(None if what is None else unpacked(what))
             elif kind == "study":
                 torch.set_num_threads(what)
-                studied = tasks.study(_Part(pipe, STUDY))
-                _put(pipe, "studied", STUDY, packed(studied))  # which goes on as it is
-                del studied
+                for piece in tasks.study(_Part(pipe, STUDY)):
+                    _put(pipe, "piece", STUDY, packed(piece))  # which goes on as it is
+                _put(pipe, "studied", STUDY, None)
             else:
                 place, item, threads = what
                 torch.set_num_threads(threads)

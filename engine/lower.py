@@ -69,12 +69,16 @@ class States:
 
 @dataclass(frozen=True)
 class Studied:
-    """The original's states (stations, T, d) by sequence; of those that begin with `front` only
-    what comes behind it, whose own states are `before`, None if they are kept already."""
+    """The original's states of one sequence, (stations, T − front, d), to be kept.
 
-    front: Sequenced
-    before: Tensor | None
-    states: dict[Sequenced, Tensor]
+    front       tokens at its beginning whose states are kept once for all
+    beginning   it is what most sequences begin with
+    """
+
+    ids: Sequenced
+    states: Tensor
+    front: int = 0
+    beginning: bool = False
 
 
 class _Enough(Exception):
@@ -85,7 +89,9 @@ class Lower:
     """The kept states of one model.
 
     lower.note(sequences)                           # what was read; twice, and it is kept
-    lower.keep(lower.study(decoder))
+    for studied in lower.study(decoder, report):
+        lower.keep(studied)
+    lower.keep(None)                                # that was all
     station = lower.station(edits)                  # 0: nothing is saved
     states = [lower.states(ids, station) for ids in sequences]      # States, or None
     with lower.skipping(station, padded):           # (rows, t, d), as wide as the ids
@@ -140,46 +146,50 @@ class Lower:
         self._seen.update(map(hash, times))
 
     @torch.inference_mode()
-    def study(self, decoder: Decoder, report: Report) -> Studied | None:
-        """Read with the original what is worth keeping, as much as there is room for; None where
-        nothing is."""
+    def study(self, decoder: Decoder, report: Report) -> Iterator[Studied]:
+        """Read with the original what is worth keeping, as much as there is room for. It comes a
+        few sequences at a time: nobody needs to hold all of it twice."""
         wanted = [list(key) for key in dict.fromkeys(self._wanted)]
         room = self._budget - self._held + sum(kept.states.nbytes for _, kept in self._stale())
         if not wanted or room <= 0:
-            return None
+            return
         decoder.select([], [])
         wanted.sort(key=len)
-        front, before = self._front, None
+        front = self._front
         if not front and decoder.shares and len(wanted) > 1:
             front = tuple(wanted[0][: alike(wanted)])
             if front:
-                before = self.read(decoder, [list(front)])[0]
-                room -= before.nbytes
+                (states,) = self.read(decoder, [list(front)])
+                room -= states.nbytes
+                yield Studied(front, states, beginning=True)
         token = len(self.stations) * self._anatomy.hidden * decoder.model.dtype.itemsize
-        rest_of = [len(ids) - _covered(front, ids) for ids in wanted]
-        wanted = wanted[: bisect_right(list(accumulate(rest_of)), room // token)]
-        states: dict[Sequenced, Tensor] = {}
-        for held in (len(front), 0):
-            some = [ids for ids in wanted if _covered(front, ids) == held]
-            while some := [ids for ids in some if tuple(ids) not in states]:
-                report.progress("kept states", len(states), len(wanted))
-                batch = some[: decoder.batch_size]
+        own = accumulate(len(ids) - _covered(front, ids) for ids in wanted)
+        wanted = wanted[: bisect_right(list(own), room // token)]
+        groups: dict[int, list[list[int]]] = {}
+        for ids in wanted:
+            groups.setdefault(_covered(front, ids), []).append(ids)
+        done = 0
+        for held, some in groups.items():
+            while some:
+                report.progress("kept states", done, len(wanted))
+                batch, found = some[: decoder.batch_size], list[Tensor]()
                 with decoder.surviving(len(batch)):
-                    states |= zip(map(tuple, batch), self.read(decoder, batch, held), strict=True)
-        return Studied(front, before, states)
+                    found = self.read(decoder, batch, held)
+                some, done = some[len(found) :], done + len(found)
+                for ids in batch[: len(found)]:
+                    yield Studied(tuple(ids), found.pop(0), held)
 
     def keep(self, studied: Studied | None) -> None:
-        """Keep what was studied of all that has been noted so far; what was not read for long makes
-        room, as far as it must."""
-        self._wanted.clear()
+        """Keep what was studied of all that has been noted so far; None: that was all of it. What
+        was not read for long makes room, as far as it must."""
         if studied is None:
+            self._wanted.clear()
             return
-        if studied.before is not None:
-            self._front, self._before = studied.front, studied.before
-            self._held += studied.before.nbytes
-        for key, states in studied.states.items():
-            self._kept[key] = _Kept(states, _covered(studied.front, key), self._round)
-            self._held += states.nbytes
+        self._held += studied.states.nbytes
+        if studied.beginning:
+            self._front, self._before = studied.ids, studied.states
+        else:
+            self._kept[studied.ids] = _Kept(studied.states, studied.front, self._round)
         for key, stale in self._stale():
             if self._held <= self._budget:
                 break

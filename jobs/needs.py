@@ -184,7 +184,8 @@ def _phases(spec: JobSpec, shape: Shape, weights: Weights, work: Workload) -> li
     originals = {"originals": states["originals"]}
     # Stacks are edited in place; the original is kept beside, by a GPU on the host.
     stacks = w * weights.stacked if edits and on_cpu else 0
-    lower = _lower(shape, work, loaded) if edits and on_cpu else 0
+    one = _lower(shape, work, loaded) if edits and on_cpu else 0
+    lower = (work.lanes + 1) * one  # once more while it is read and told
     held = {"bases": bases, "edits": chosen, "stacks": stacks, "lower": lower, **originals}
     # A matrix is packed from 16 bits; a block's experts are stacked from matrices of their own.
     packing = 2 * weights.widest if packed else 0
@@ -203,7 +204,7 @@ def _phases(spec: JobSpec, shape: Shape, weights: Weights, work: Workload) -> li
         add("edit bases", {"bases": bases, "copies": 2 * FLOAT32 * weights.widest})
     rows = work.rows(max(work.scored, work.heldout))
     decoded = _decoding(shape, rows, work.prompt, work.new)
-    own = {"bases": bases, "stacks": stacks, "lower": lower // work.lanes}
+    own = {"bases": bases, "stacks": stacks, "lower": 2 * one}
     add("baseline", {**own, **decoded, **originals})
     grown: dict[str, int] = {}
     if edits:
@@ -260,10 +261,11 @@ def _states(shape: Shape, work: Workload) -> dict[str, int]:
 
 
 def _lower(shape: Shape, work: Workload, loaded: int) -> int:
-    """What the original computes below edits, of all prompts with their answers (host memory)."""
+    """What one process keeps of what the original computes below edits, of all prompts with their
+    answers (host memory)."""
     tokens = (work.scored + work.heldout) * (2 * work.prompt + work.compared + work.new)
     most = STATIONS * tokens * shape.hidden * shape.width
-    return work.lanes * min(lower_bytes(loaded, work.lanes), most)
+    return min(lower_bytes(loaded, work.lanes), most)
 
 
 def _samples(weights: Weights, shape: Shape) -> int:
@@ -276,7 +278,7 @@ def _host(spec: JobSpec, shape: Shape, weights: Weights, work: Workload) -> int:
     """Host memory of a CUDA job besides the libraries; the files are mapped, not read."""
     samples = _samples(weights, shape) if "ara" in spec.methods else 0
     stacks = shape.width * weights.stacked
-    lower = _lower(shape, work, weights.loaded(spec.quantization, shape.width))
+    lower = 2 * _lower(shape, work, weights.loaded(spec.quantization, shape.width))
     return sum(_states(shape, work).values()) + samples + stacks + lower + 2 * weights.widest
 
 

@@ -134,7 +134,7 @@ def score(
     while lanes is None and (share := following()) is not None:
         found = score_share(decoder, prompts, share, refusals, report)
         note(decoder, found)
-        decoder.keep(decoder.study(report))
+        decoder.study_and_keep(report)
         done(len(begun) - 1, found)
     return [scored[place] for place in sorted(scored)]
 
@@ -150,7 +150,7 @@ def _shares(decoder: Decoder, prompts: RoleSet, edits: Sequence[Edit], asked: As
 
 def note(decoder: Decoder, found: Found) -> None:
     """Let later shares of this decoder be faster by what was found for one: the part of it that
-    takes no time, after which `Decoder.study` and `Decoder.keep` do the other."""
+    takes no time, before `Decoder.study_and_keep`."""
     decoder.shrink(found.limit)
     decoder.note(found.rows, found.answers, found.read)
 

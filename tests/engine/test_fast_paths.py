@@ -300,7 +300,9 @@ def test_states_stay_within_their_budget(ready: Ready, monkeypatch: pytest.Monke
     def learn(sequences: list[list[int]]) -> list[list[int]]:
         """Those of which states are kept then, all in one batch if there were room."""
         lower.note(sequences)
-        lower.keep(lower.study(decoder, Silent()))
+        for studied in lower.study(decoder, Silent()):
+            lower.keep(studied)
+        lower.keep(None)
         return [ids for ids in inputs if lower.states(ids, lower.stations[0]) is not None]
 
     def held(kept: list[list[int]]) -> int:
@@ -340,15 +342,20 @@ def test_states_of_what_all_begin_with_are_kept_once_and_by_all_copies(ready: Re
     assert decoder.shares and len(inputs) * front > front + decoder.overhead
     inputs.append(inputs[0][1:])
     ours, copy = (Lower(ready.anatomy, 0) for _ in range(2))
-    for lower in (ours, copy):
-        lower.note(inputs[:-1] * 2)
-    studied = ours.study(decoder, Silent())
-    for lower in (ours, copy):
-        lower.keep(studied)
-        lower.note(inputs[-1:] * 2)
-        lower.keep(lower.study(decoder, Silent()))
-    assert studied is not None and len(studied.front) == front
-    assert all(states.shape[1] == len(key) - front for key, states in studied.states.items())
+    for some in (inputs[:-1], inputs[-1:]):
+        for lower in (ours, copy):
+            lower.note(some * 2)
+        studied = list(ours.study(decoder, Silent()))
+        assert len(studied) == len(some) + (some[0] is inputs[0])  # and what they begin with
+        for one in studied:
+            behind = len(one.ids) > front and one.ids[:front] == tuple(inputs[0][:front])
+            held = front if behind else 0
+            assert (one.front, one.states.shape[1]) == (held, len(one.ids) - held)
+            ours.keep(one)
+            copy.keep(one)
+        ours.keep(None)
+        copy.keep(None)
+        assert not [*ours.study(decoder, Silent()), *copy.study(decoder, Silent())]
     for ids in inputs:
         with torch.inference_mode():
             (truth,) = ours.read(decoder, [ids])

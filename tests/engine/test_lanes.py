@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from multiprocessing import Barrier, Event, Value
 from pathlib import Path
@@ -62,7 +62,7 @@ def run(
     count: int,
     report: Report | None = None,
     learn: Callable[[Found], None] = lambda found: None,
-    study: Callable[[Report], Any] = lambda report: None,
+    study: Callable[[Report], Iterable[Any]] = lambda report: (),
     keep: Callable[[Any], None] = lambda studied: None,
 ) -> tuple[list[Found], list[int]]:
     """What two lanes find, and in which order this process heard of it; they are gone then."""
@@ -136,22 +136,22 @@ def test_a_lane_knows_what_was_found_some_items_before() -> None:
 
 def test_one_lane_studies_what_all_keep() -> None:
     """What one makes of all it has learned is there, in both, when the next item begins."""
-    learned, kept, studies = list[int](), list[tuple[int, ...]](), Value("i", 0)
+    learned, kept, studies = list[int](), list[int | None](), Value("i", 0)
 
-    def study(report: Report) -> tuple[int, ...]:
+    def study(report: Report) -> Iterator[int]:
         with studies:
             studies.value += 1
-        return tuple(learned)
+        yield from learned[-1:] * learned[-1]  # several pieces, one, or none
 
-    def work(item: int, report: Report) -> tuple[int, list[tuple[int, ...]]]:
+    def work(item: int, report: Report) -> tuple[int, list[int | None]]:
         return item, list(kept)
 
-    def learn(found: tuple[int, list[tuple[int, ...]]]) -> None:
+    def learn(found: tuple[int, list[int | None]]) -> None:
         learned.append(found[0])
 
     found, _ = run(work, 6, None, learn, study, kept.append)
-    everything = [tuple(range(count)) for count in (1, 2, 3, 4)]
-    assert [one for _, one in found] == [everything[:count] for count in (0, 0, 1, 2, 3, 4)]
+    everything = [None, 1, None, 2, 2, None, 3, 3, 3, None]
+    assert [one for _, one in found] == [everything[:count] for count in (0, 0, 1, 3, 6, 10)]
     assert studies.value == 4  # after items 0, 1, 2 and 3, each by one lane
 
 
@@ -252,10 +252,11 @@ def test_a_stop_ends_a_study(others: set[psutil.Process]) -> None:
             if self.studied > 2:
                 raise EngineError("stopped", "the request was stopped")
 
-    def study(report: Report) -> None:
+    def study(report: Report) -> Iterator[None]:
         report.progress("study", 0, 1)
-        while True:
+        while os.getpid():  # it never ends
             pass
+        yield
 
     with pytest.raises(EngineError, match="the request was stopped"):
         run(lambda item, report: item, 3, Stopping(), study=study)
