@@ -147,8 +147,8 @@ class Lower:
 
     @torch.inference_mode()
     def study(self, decoder: Decoder, report: Report) -> Iterator[Studied]:
-        """Read with the original what is worth keeping, as much as there is room for. It comes a
-        few sequences at a time: nobody needs to hold all of it twice."""
+        """Read with the original what is worth keeping, as much as there is room for. It comes one
+        sequence after the other, so that nobody needs to hold all of it twice."""
         wanted = [list(key) for key in dict.fromkeys(self._wanted)]
         room = self._budget - self._held + sum(kept.states.nbytes for _, kept in self._stale())
         if not wanted or room <= 0:
@@ -190,14 +190,13 @@ class Lower:
             self._front, self._before = studied.ids, studied.states
         else:
             self._kept[studied.ids] = _Kept(studied.states, studied.front, self._round)
-        for key, stale in self._stale():
-            if self._held <= self._budget:
-                break
-            self._held -= stale.states.nbytes
-            del self._kept[key]
+        for key, stale in self._stale() if self._held > self._budget else ():
+            if self._held > self._budget:
+                self._held -= stale.states.nbytes
+                del self._kept[key]
 
     def _stale(self) -> list[tuple[Sequenced, _Kept]]:
-        """What was not read for long, the longest first."""
+        """What was not read for long; first what was not for longest."""
         old = [(key, kept) for key, kept in self._kept.items() if self._round - kept.read > STALE]
         return sorted(old, key=lambda pair: pair[1].read)
 
