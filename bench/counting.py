@@ -37,7 +37,7 @@ REST = "rest"  # of a trial: building edits, counting, and lanes that wait
 PHASES = {
     "divergence": (engine.scorers, "divergences"),
     "answers": (Decoder, "answers"),
-    "kept states": (Lower, "study"),
+    "kept states": (Lower, "read"),
 }
 MISSED = 0.02  # share of the parameters that may lie outside of linear layers and embeddings
 
