@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import chain
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from queue import SimpleQueue
@@ -151,12 +152,12 @@ class Lanes(Generic[Item, Found]):
                         idle.append(busy.pop(ready))
                         shown.forget(number)
                         done(number - first, what)
-                    elif kind == "piece":
+                    elif kind == "studied":  # who studies keeps what it has itself
                         for each in self._lanes:
-                            each.send("keep", what)
-                    elif kind == "studied":
-                        for each in self._lanes:
-                            each.send("keep", None)
+                            if each is not busy[ready]:
+                                each.send("keep", what)
+                        if what is not None:
+                            continue
                         idle.insert(0, busy.pop(ready))
                         shown.forget(number)
                         studying = False
@@ -307,12 +308,12 @@ def _work(messages: SimpleQueue[tuple[str, Any]], pipe: Connection, tasks: _Task
             if kind == "learn":
                 tasks.learn(what)
             elif kind == "keep":
-                tasks.keep(None if what is None else unpacked(what))
+                tasks.keep(what)
             elif kind == "study":
                 torch.set_num_threads(what)
-                for piece in tasks.study(_Part(pipe, STUDY)):
-                    _put(pipe, "piece", STUDY, packed(piece))  # which goes on as it is
-                _put(pipe, "studied", STUDY, None)
+                for piece in chain(tasks.study(_Part(pipe, STUDY)), (None,)):
+                    tasks.keep(piece)
+                    _put(pipe, "studied", STUDY, piece)
             else:
                 place, item, threads = what
                 torch.set_num_threads(threads)
